@@ -1,0 +1,83 @@
+"""What goes into the engine and what comes out: token ids and numbers, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request's tokens are chosen.
+
+    Attributes:
+        max_tokens: Tokens to generate at most (>= 0; 0 only scores the prompt).
+        min_tokens: Stop tokens are masked until this many tokens are out.
+        temperature: 0 is greedy.
+        top_p: Nucleus mass, (0, 1].
+        presence_penalty: Subtracted once from every token already generated.
+        frequency_penalty: Subtracted per occurrence from every token already generated.
+        logit_bias: Token id → bias added to its logit.
+        seed: Same seed and prompt → same tokens, whatever else is in the batch. ``None``: random.
+        stop_token_ids: Generation ends when one is drawn; it is not part of the output.
+        top_logprobs: ``None``: no log-probabilities; n >= 0: the drawn token's and the n most likely ones'.
+        prompt_logprobs: As ``top_logprobs``, for each prompt token (echo).
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of ``token_id`` under the model (before temperature and penalties).
+
+    ``top`` holds the most likely (token id, log-probability) pairs, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """One generated token."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True)
+class PromptDone:
+    """The prompt is computed; sent once, before the first token.
+
+    ``cached_tokens`` of the prompt were found in KV memory. ``prompt_logprobs`` (if asked for) has one entry per
+    prompt token; the first is ``None``.
+    """
+
+    cached_tokens: int
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of every request; ``message`` explains an ``error``."""
+
+    reason: FinishReason
+    message: str = ""
+
+
+Event = PromptDone | TokenOutput | Finished

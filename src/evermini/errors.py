@@ -1,0 +1,164 @@
+"""Every error Evermini raises on purpose.
+
+Each class knows the HTTP status, the OpenAI error ``type`` and ``code`` it becomes on the wire, and each
+message says the cause and the remedy. ``assert`` is kept for our own bugs.
+
+    EverminiError
+    ├── RequestError                    what a caller sent; 4xx
+    │   ├── InvalidRequestError         400 invalid_request_error
+    │   │   ├── UnsupportedParameterError   400 code unsupported_parameter
+    │   │   └── ContextLengthError      400 code context_length_exceeded
+    │   ├── AuthenticationError         401 code invalid_api_key
+    │   ├── NotFoundError               404
+    │   │   └── ModelNotFoundError      404 code model_not_found
+    │   ├── RequestTooLargeError        413
+    │   └── OverloadedError             429 code rate_limit_exceeded
+    ├── EngineError                     500: a step failed; the request is lost, the server lives
+    │   └── EngineStoppedError          503: the engine is shutting down
+    ├── ModelError                      a checkpoint that cannot be used
+    │   ├── UnsupportedArchitectureError
+    │   ├── UnsupportedQuantizationError
+    │   └── DamagedCheckpointError
+    ├── DownloadError                   weights that could not be fetched
+    │   ├── SourceUnreachableError
+    │   ├── ChecksumMismatchError
+    │   └── DiskSpaceError
+    └── ConfigError                     a setting that cannot be honoured
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class EverminiError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        message: Cause and remedy, for a person.
+        param: Path of the offending request field, e.g. ``"messages[0].role"``.
+        code: Overrides the class's machine-readable code.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else self.default_code
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the OpenAI error body: ``{"error": {message, type, param, code}}``."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class RequestError(EverminiError):
+    """Something the caller sent cannot be served."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidRequestError(RequestError):
+    """A field is missing, malformed or out of range."""
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """A known field of the contract that this server does not act on; refused, never ignored."""
+
+    default_code = "unsupported_parameter"
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt (plus the requested output) does not fit; nothing is ever cut to make it fit."""
+
+    default_code = "context_length_exceeded"
+
+
+class AuthenticationError(RequestError):
+    """Missing or wrong API key."""
+
+    status = 401
+    default_code = "invalid_api_key"
+
+
+class NotFoundError(RequestError):
+    """The named object does not exist."""
+
+    status = 404
+
+
+class ModelNotFoundError(NotFoundError):
+    """The named model is not served here."""
+
+    default_code = "model_not_found"
+
+
+class RequestTooLargeError(RequestError):
+    """The request body is larger than the server accepts."""
+
+    status = 413
+
+
+class OverloadedError(RequestError):
+    """The waiting queue is full; try again later."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+
+class EngineError(EverminiError):
+    """A model step failed; the requests in it are ended with this error, the server goes on."""
+
+
+class EngineStoppedError(EngineError):
+    """The engine is stopped or shutting down."""
+
+    status = 503
+
+
+class ModelError(EverminiError):
+    """A checkpoint cannot be used."""
+
+
+class UnsupportedArchitectureError(ModelError):
+    """The checkpoint's architecture is not one of the supported families."""
+
+
+class UnsupportedQuantizationError(ModelError):
+    """The checkpoint holds a quantisation that cannot be read."""
+
+
+class DamagedCheckpointError(ModelError):
+    """A checkpoint file is truncated, inconsistent or lacks a tensor."""
+
+
+class DownloadError(EverminiError):
+    """Weights could not be fetched."""
+
+
+class SourceUnreachableError(DownloadError):
+    """A source does not answer or does not have the file."""
+
+
+class ChecksumMismatchError(DownloadError):
+    """Downloaded bytes are not the catalogue's bytes."""
+
+
+class DiskSpaceError(DownloadError):
+    """Not enough free disk space."""
+
+
+class ConfigError(EverminiError):
+    """A setting is unknown, malformed or contradictory."""

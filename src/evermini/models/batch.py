@@ -1,0 +1,92 @@
+"""What one forward pass reads and writes: a flat batch of tokens, and the KV memory it lives in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from evermini.models.config import ModelConfig
+
+BLOCK_SIZE = 32
+"""Tokens per KV block."""
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """T new tokens of S sequences, flattened without padding; prefill chunks and decode steps mix freely.
+
+    Sequence ``s`` owns rows ``query_start[s]:query_start[s+1]``; they are its last tokens, so row ``r`` of it has
+    position ``context_lens[s] - (query_start[s+1] - r)`` and attends to every earlier position of its sequence.
+
+    Attributes:
+        token_ids: (T,) int64.
+        positions: (T,) int64, position of each token in its sequence.
+        slots: (T,) int64, ``block_id * BLOCK_SIZE + offset`` where the token's key and value are written.
+        query_start: (S + 1,) int32.
+        context_lens: (S,) int32, tokens in the sequence after this step.
+        block_tables: (S, max_blocks) int32, the sequence's blocks in order; entries past its end are 0 and unread.
+        logits_rows: (R,) int64, rows whose logits are wanted, ascending.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    logits_rows: Tensor
+
+
+class KVCache:
+    """Key and value memory of all layers, in blocks of ``BLOCK_SIZE`` tokens.
+
+        k[layer]: (num_blocks, num_kv_heads, head_dim, BLOCK_SIZE)   keys after RoPE, transposed inside a block
+        v[layer]: (num_blocks, num_kv_heads, BLOCK_SIZE, head_dim)
+
+    Transposed keys let a kernel compute the scores of 16 neighbouring tokens with one multiply-add per dimension.
+    Who owns which block is the engine's business (`evermini.engine.kv`); this class is only the bytes.
+
+    Args:
+        config: The model's shape.
+        num_blocks: Blocks to allocate.
+        dtype: float32 (oracle), float16 (CPU) or bfloat16 (CUDA).
+        device: Where the memory lives.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.dtype = dtype
+        k_shape = (num_blocks, config.num_kv_heads, config.head_dim, BLOCK_SIZE)
+        v_shape = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        make = lambda shape: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
+        self.k = [make(k_shape) for _ in range(config.num_layers)]
+        self.v = [make(v_shape) for _ in range(config.num_layers)]
+
+    @staticmethod
+    def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Return the bytes one block takes over all layers."""
+        per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+        return per_token * BLOCK_SIZE * dtype.itemsize
+
+
+class Model(Protocol):
+    """What the engine asks of a model."""
+
+    config: ModelConfig
+
+    def new_kv_cache(self, num_blocks: int) -> KVCache:
+        """Allocate KV memory in the dtype and on the device this model computes with."""
+        ...
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Write the batch's keys and values into ``kv`` and return logits (R, vocab_size) float32 on the CPU."""
+        ...
