@@ -1,0 +1,1 @@
+"""The HTTP face: routes, wire schemas, authentication, limits, errors and server-sent events."""

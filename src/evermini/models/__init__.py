@@ -1,0 +1,1 @@
+"""Weights: catalogue, download, checkpoints, and the decoder that computes with them."""

@@ -1,0 +1,1 @@
+"""What the routes and the command line call: chat and completions, free of HTTP."""

@@ -1,0 +1,1 @@
+"""Where strings live: tokenizer, chat templates, detokenisation, stop strings."""
