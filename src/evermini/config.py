@@ -137,6 +137,13 @@ class Settings:
         shown="the user's cache folder, e.g. ~/.cache/evermini",
         metavar="DIR",
     )
+    weights_dir: Annotated[Path, _Parsed(_parse_path)] | None = _setting(
+        None,
+        "Folder with weights files already at hand, looked in before anything is downloaded.",
+        group="Model",
+        shown="none",
+        metavar="DIR",
+    )
     device: Literal["auto", "cpu", "cuda"] = _setting(
         "auto", "Where the model runs; auto takes a GPU if there is one.", group="Model"
     )
@@ -181,8 +188,8 @@ class Settings:
         shown="64MiB",
         metavar="SIZE",
     )
-    drain_timeout: Annotated[float, Ge(0), Le(86_400)] = _setting(
-        30.0,
+    drain_timeout: Annotated[int, Ge(0), Le(86_400)] = _setting(
+        30,
         "Seconds that running requests get to finish after SIGTERM or Ctrl-C.",
         group="Server",
         metavar="SECONDS",

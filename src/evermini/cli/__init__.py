@@ -1,1 +1,69 @@
-"""The command line: one file per command."""
+"""The command line: one file per command.
+
+    evermini serve | chat | ask | doctor | config | pull | models | rm
+
+Exit codes: 0 done; 1 it failed, with the cause and the remedy in one line on stderr; 2 a flag or setting is wrong;
+130 interrupted. ``--debug`` (or ``EVERMINI_DEBUG=1``) shows the traceback too. Commands import what they need when they
+run, so ``evermini --help`` imports no torch, pydantic or FastAPI.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from evermini import __version__
+from evermini.cli.ask import ask
+from evermini.cli.chat import chat
+from evermini.cli.config import config
+from evermini.cli.doctor import doctor
+from evermini.cli.pull import models, pull, rm
+from evermini.cli.serve import serve
+from evermini.errors import ConfigError, EverminiError
+
+app = typer.Typer(
+    name="evermini",
+    help="Keeps gpt-4.1-mini alive: its API contract on open weights, on your own machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (serve, chat, ask, pull, models, rm, doctor, config):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"evermini {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["EVERMINI_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run the command line; the one place where an error becomes a line and an exit code."""
+    try:
+        app()
+    except EverminiError as error:
+        if os.environ.get("EVERMINI_DEBUG"):
+            raise
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
