@@ -1,0 +1,356 @@
+"""Continuous batching: many requests share each forward pass of one model.
+
+    engine = Engine(model, num_blocks=256)
+    engine.add("a", prompt_ids, SamplingParams(max_tokens=8))
+    while engine.has_work:
+        for request_id, event in engine.step(): ...
+
+Single-threaded and synchronous; `evermini.engine.worker` runs it in a thread. It sees token ids only.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import Counter, abc
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
+from evermini.engine.request import Event, Finished, FinishReason, PromptDone, SamplingParams
+from evermini.engine.sampler import Sampler, prompt_logprobs
+from evermini.engine.scheduler import Chunk, Scheduler
+from evermini.engine.sequence import Sequence
+from evermini.errors import ContextLengthError, EngineError, InvalidRequestError, OverloadedError
+from evermini.models.batch import BLOCK_SIZE, ForwardBatch, Model
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot; the counters run from the engine's start.
+
+    Attributes:
+        running: Requests being computed.
+        waiting: Requests waiting for admission.
+        kv_blocks_used: Blocks owned by running requests.
+        kv_blocks_cached: Blocks without an owner whose content can be shared.
+        kv_blocks_total: All blocks.
+        prompt_tokens: Tokens of the prompts computed so far...
+        cached_tokens: ...of which were found in KV memory.
+        generated_tokens: Tokens drawn.
+        preemptions: Times a request lost its blocks to an older one.
+        steps: Forward passes.
+        step_seconds: Time spent in them, sampling included.
+        finished: Requests ended, by reason.
+    """
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+    kv_blocks_total: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+    steps: int
+    step_seconds: float
+    finished: abc.Mapping[FinishReason, int]
+
+
+class Engine:
+    """Runs requests to their end; see the module docstring.
+
+    Args:
+        model: The model.
+        num_blocks: Blocks of KV memory (``BLOCK_SIZE`` tokens each).
+        max_batch_tokens: Tokens per step at most. Larger steps prefill a little faster; smaller ones let streams
+            flow more evenly. (Beside running streams, prompts get a quarter of it.)
+        max_num_seqs: Requests computed at once.
+        max_waiting: Requests that may wait beyond these.
+        prefix_caching: Share and keep the blocks of equal prefixes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        max_batch_tokens: int = 512,
+        max_num_seqs: int = 16,
+        max_waiting: int = 256,
+        prefix_caching: bool = True,
+    ) -> None:
+        self._model = model
+        self._blocks = BlockManager(num_blocks, prefix_caching=prefix_caching)
+        self._scheduler = Scheduler(
+            self._blocks, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
+        )
+        self._kv = model.new_kv_cache(num_blocks)
+        self.max_unfinished = max_num_seqs + max_waiting
+        self.max_model_len = min(model.config.max_position, num_blocks * BLOCK_SIZE)
+        self._sequences: dict[str, Sequence] = {}
+        self._events: list[tuple[str, Event]] = []
+        self._num_added = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._generated_tokens = 0
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._finished: Counter[FinishReason] = Counter()
+
+    @property
+    def has_work(self) -> bool:
+        """A request is unfinished, or an event not yet returned by `step`."""
+        return bool(self._sequences or self._events)
+
+    def validate(self, prompt_ids: abc.Sequence[int], params: SamplingParams) -> None:
+        """Refuse what could never be served. Changes nothing; safe from any thread.
+
+        Raises:
+            ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
+            InvalidRequestError: Another value is out of range.
+        """
+        num_prompt, window = len(prompt_ids), self.max_model_len
+        vocab_size = self._model.config.vocab_size
+        if num_prompt == 0:
+            raise InvalidRequestError("The prompt is empty. Send at least one token.")
+        if params.max_tokens < 0:
+            raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 0.")
+        if num_prompt + params.max_tokens > window:
+            raise ContextLengthError(
+                f"This model's maximum context length is {window} tokens. However, you requested "
+                f"{num_prompt + params.max_tokens} tokens ({num_prompt} in the messages, {params.max_tokens} in the "
+                "completion). Please reduce the length of the messages or completion.",
+                param="messages",
+            )
+        if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
+            raise InvalidRequestError(
+                f"The prompt has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer."
+            )
+        for token_id in (*params.logit_bias, *params.stop_token_ids):
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"Token id {token_id} is outside 0..{vocab_size - 1}. Use this model's tokenizer.",
+                    param="logit_bias" if token_id in params.logit_bias else None,
+                )
+        if not params.temperature >= 0.0:
+            raise InvalidRequestError(
+                f"temperature is {params.temperature}; it must be at least 0.", param="temperature"
+            )
+        if not 0.0 < params.top_p <= 1.0:
+            raise InvalidRequestError(
+                f"top_p is {params.top_p}; it must be above 0 and at most 1.", param="top_p"
+            )
+
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: abc.Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: bytes = b"",
+    ) -> None:
+        """Let a request wait for the next steps.
+
+        Args:
+            request_id: Not the id of an unfinished request.
+            prompt_ids: At least one token.
+            params: How to generate.
+            cache_salt: Requests with different salts share no KV memory.
+
+        Raises:
+            ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
+            InvalidRequestError: Another value is out of range.
+            OverloadedError: Too many requests are unfinished.
+        """
+        self.validate(prompt_ids, params)
+        if request_id in self._sequences:
+            raise ValueError(f"request {request_id!r} is not finished; choose another id")
+        if len(self._sequences) >= self.max_unfinished:
+            raise overloaded(self.max_unfinished)
+        seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        sequence = Sequence(
+            request_id=request_id,
+            arrival=self._num_added,
+            token_ids=list(prompt_ids),
+            num_prompt=len(prompt_ids),
+            params=params,
+            sampler=Sampler(params, seed),
+            chain=PrefixChain(cache_salt),
+        )
+        self._num_added += 1
+        self._sequences[request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str, message: str = "") -> None:
+        """End a request now and free its blocks; `step` returns its `Finished`. Unknown ids are ignored."""
+        if sequence := self._sequences.get(request_id):
+            self._finish(sequence, "abort", message)
+
+    def step(self) -> list[tuple[str, Event]]:
+        """Compute one batch and return what happened, in order, as (request id, event).
+
+        A failing model ends the requests of this step with `Finished` ``"error"``; the engine lives on.
+        """
+        if chunks := self._scheduler.schedule():
+            started = time.perf_counter()
+            try:
+                logits = self._forward(chunks)
+            except Exception as error:
+                self._fail(chunks, error)
+            else:
+                self._advance(chunks, logits)
+            self._steps += 1
+            self._step_seconds += time.perf_counter() - started
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot of gauges and counters."""
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=self._blocks.num_used,
+            kv_blocks_cached=self._blocks.num_cached,
+            kv_blocks_total=self._blocks.num_blocks,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            finished=dict(self._finished),
+        )
+
+    def check_integrity(self) -> None:
+        """Check KV memory and that exactly the running requests own blocks.
+
+        Raises:
+            AssertionError: Something is inconsistent; names it.
+        """
+        self._blocks.check_integrity()
+        running, waiting = self._scheduler.running, self._scheduler.waiting
+        assert self._blocks.owners == {s.request_id for s in running}, "owners are not the running"
+        assert {s.request_id for s in running + waiting} == self._sequences.keys()
+        for queue in (running, waiting):
+            assert queue == sorted(queue, key=lambda s: s.arrival), "a queue is out of order"
+        for sequence in running:
+            has = len(self._blocks.table(sequence.request_id))
+            assert has >= blocks_for(sequence.num_computed), f"{sequence.request_id} lacks blocks"
+
+    def _forward(self, chunks: list[Chunk]) -> Tensor:
+        """Return the logits (R, vocab_size) of all `_wanted_rows`, chunk after chunk."""
+        query_start = np.zeros(len(chunks) + 1, np.int32)
+        np.cumsum([chunk.end - chunk.start for chunk in chunks], out=query_start[1:])
+        tables = [self._blocks.table(chunk.sequence.request_id) for chunk in chunks]
+        block_tables = np.zeros((len(chunks), max(map(len, tables))), np.int32)
+        token_ids: list[int] = []
+        positions, slots, rows = [], [], []
+        for index, (chunk, table) in enumerate(zip(chunks, tables, strict=True)):
+            block_tables[index, : len(table)] = table
+            at = np.arange(chunk.start, chunk.end, dtype=np.int64)
+            positions.append(at)
+            slots.append(block_tables[index, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE)
+            token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
+            first = int(query_start[index]) - chunk.start
+            rows += [first + position for position in _wanted_rows(chunk)]
+        batch = ForwardBatch(
+            token_ids=torch.tensor(token_ids, dtype=torch.int64),
+            positions=torch.from_numpy(np.concatenate(positions)),
+            slots=torch.from_numpy(np.concatenate(slots).astype(np.int64)),
+            query_start=torch.from_numpy(query_start),
+            context_lens=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32),
+            block_tables=torch.from_numpy(block_tables),
+            logits_rows=torch.tensor(rows, dtype=torch.int64),
+        )
+        with torch.inference_mode():
+            return self._model.forward(batch, self._kv)
+
+    def _advance(self, chunks: list[Chunk], logits: Tensor) -> None:
+        """Book what the step computed: publish blocks, score prompts, draw tokens, end requests."""
+        row = 0
+        for chunk in chunks:
+            sequence, num_rows = chunk.sequence, len(_wanted_rows(chunk))
+            mine = logits[row : row + num_rows]
+            row += num_rows
+            sequence.num_computed = chunk.end
+            sequence.chain.extend(sequence.token_ids)
+            self._blocks.publish(
+                sequence.request_id, sequence.chain.keys[: chunk.end // BLOCK_SIZE]
+            )
+            try:
+                self._score_prompt(chunk, mine)
+                if sequence.num_remaining == 0:
+                    self._draw(sequence, mine)
+            except EngineError as error:
+                self._finish(sequence, "error", error.message)
+
+    def _score_prompt(self, chunk: Chunk, logits: Tensor) -> None:
+        """Append the log-probabilities of the prompt tokens that this chunk's rows predict."""
+        sequence = chunk.sequence
+        num_top = sequence.params.prompt_logprobs
+        if num_top is None or not sequence.is_scoring:
+            return
+        first = len(sequence.prompt_logprobs)
+        next_ids = sequence.token_ids[first : min(chunk.end + 1, sequence.num_prompt)]
+        sequence.prompt_logprobs += prompt_logprobs(logits[: len(next_ids)], next_ids, num_top)
+
+    def _draw(self, sequence: Sequence, logits: Tensor) -> None:
+        """Draw the next token from the last row of ``logits``, after the prompt's end was reported."""
+        params, request_id = sequence.params, sequence.request_id
+        if not sequence.prompt_done:
+            assert sequence.cached_tokens is not None
+            scored = None if params.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
+            self._events.append((request_id, PromptDone(sequence.cached_tokens, scored)))
+            sequence.prompt_done = True
+            self._prompt_tokens += sequence.num_prompt
+            self._cached_tokens += sequence.cached_tokens
+        if sequence.num_generated < params.max_tokens:
+            output = sequence.sampler.draw(logits[-1].numpy())
+            if output.token_id in params.stop_token_ids:
+                self._finish(sequence, "stop")
+                return
+            sequence.token_ids.append(output.token_id)
+            self._generated_tokens += 1
+            self._events.append((request_id, output))
+        if sequence.num_generated == params.max_tokens:
+            self._finish(sequence, "length")
+
+    def _fail(self, chunks: list[Chunk], error: Exception) -> None:
+        log.error("a model step failed; %d requests are lost", len(chunks), exc_info=error)
+        message = (
+            f"The model failed while computing this request ({type(error).__name__}: {error}). "
+            "The server goes on; send the request again, or shorten it if memory ran out."
+        )
+        for chunk in chunks:
+            self._finish(chunk.sequence, "error", message)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.request_id]
+        self._finished[reason] += 1
+        self._events.append((sequence.request_id, Finished(reason, message)))
+
+
+def _wanted_rows(chunk: Chunk) -> range:
+    """Return the positions in ``chunk`` whose logits are wanted: all that score the prompt, and the last one known."""
+    sequence = chunk.sequence
+    end = chunk.end
+    is_last = end == len(sequence.token_ids)
+    if sequence.is_scoring:
+        return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), end)
+    return range(end - 1, end) if is_last else range(0)
+
+
+def overloaded(max_unfinished: int) -> OverloadedError:
+    """Return the error for a full queue."""
+    return OverloadedError(
+        f"{max_unfinished} requests are already running or waiting. Try again in a moment, or raise max_waiting."
+    )

@@ -1,0 +1,207 @@
+"""Who runs in the next step, and who has to give up memory.
+
+A step computes at most ``max_batch_tokens`` tokens, spent in this order:
+
+1. *Decodes.* Every running request that only lacks its newest token gets it computed. One that crosses into a new
+   block when none is free takes the memory of the youngest running request, which waits again and later recomputes
+   (*preemption*; its tokens, random numbers and sent events stay).
+2. *Prompts*, in chunks. Half of what is left goes to the oldest request, be it running or waiting, the rest to the
+   one with the fewest tokens left, then the next. So a short prompt behind a long one starts at once, and nobody
+   starves: everybody becomes the oldest, and the oldest always advances.
+
+While requests decode, prompts get only a quarter of the step, for a step's length is the time between two tokens of a
+stream. A request owns the blocks of all its known tokens from admission on, so prefill never runs out of memory.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import dataclass
+
+from evermini.engine.kv import BlockManager
+from evermini.engine.sequence import Sequence
+from evermini.models.batch import BLOCK_SIZE
+
+MAX_SCORED_ROWS = 128
+"""Prompt rows per step whose logits are wanted: 128 rows of 152k float32 are 78 MB."""
+
+MAX_OVERTAKES = 32
+"""Younger requests that may pass one that waits for memory; then admission is closed until it fits."""
+
+PREFIX_PATIENCE = 16
+"""Steps without progress of the awaited prefix after which a request computes it itself."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Compute tokens ``start:end`` of ``sequence`` in this step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+
+
+class Scheduler:
+    """Keeps the waiting and the running requests, both oldest first.
+
+    Args:
+        blocks: KV memory; the scheduler opens, grows and frees accounts under the request's id.
+        max_batch_tokens: Tokens per step; more than ``max_num_seqs``, so that prompts advance beside decodes.
+        max_num_seqs: Requests running at once.
+    """
+
+    def __init__(self, blocks: BlockManager, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
+        if max_batch_tokens <= max_num_seqs:
+            raise ValueError(
+                f"max_batch_tokens ({max_batch_tokens}) must exceed max_num_seqs ({max_num_seqs}): "
+                "every running request takes one token of a step, and prompts need the rest"
+            )
+        self._blocks = blocks
+        self._max_batch_tokens = max_batch_tokens
+        self._max_num_seqs = max_num_seqs
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Let ``sequence`` wait for admission."""
+        sequence.chain.extend(sequence.token_ids)
+        insort(self.waiting, sequence, key=_age)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget ``sequence``, waiting or running, and free its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._blocks.free(sequence.request_id)
+        else:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """Choose the next step's chunks, decodes first; every running request with a chunk has the blocks for it.
+
+        The caller computes them all, or removes their requests, before the next call.
+        """
+        preemptions_before = self.num_preemptions
+        chunks = self._schedule_decodes()
+        budget = self._max_batch_tokens - len(chunks)
+        if chunks:
+            budget = min(budget, max(BLOCK_SIZE, self._max_batch_tokens // 4))
+        # Memory was just short: who is admitted now would be the next to be preempted.
+        may_admit = self.num_preemptions == preemptions_before
+        return chunks + self._schedule_prompts(budget, may_admit)
+
+    def _schedule_decodes(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):
+            if not sequence.is_decoding or sequence not in self.running:
+                continue
+            known = len(sequence.token_ids)
+            while not self._blocks.grow(sequence.request_id, known):
+                youngest = self.running[-1]
+                self._preempt(youngest)
+                if youngest is sequence:
+                    break
+            else:
+                chunks.append(Chunk(sequence, known - 1, known))
+        return chunks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.free(sequence.request_id)
+        sequence.num_computed = 0
+        sequence.preempted = True
+        sequence.chain.extend(sequence.token_ids)
+        insort(self.waiting, sequence, key=_age)
+        self.num_preemptions += 1
+
+    def _schedule_prompts(self, budget: int, may_admit: bool) -> list[Chunk]:
+        by_age = [sequence for sequence in self.running if not sequence.is_decoding]
+        if may_admit and len(self.running) < self._max_num_seqs:
+            by_age = sorted(by_age + self.waiting, key=_age)
+        untried = iter(by_age)
+        oldest = next((sequence for sequence in untried if self._holds_memory(sequence)), None)
+        if oldest is None:
+            return []
+        grants = {oldest: 0}
+        by_size = sorted(untried, key=self._size)
+        half = (budget + 1) // 2
+        scored_rows = MAX_SCORED_ROWS
+        for sequence, limit in [(oldest, half), *((s, budget) for s in by_size), (oldest, budget)]:
+            if sequence.is_scoring:
+                limit = min(limit, scored_rows)
+            if min(limit, budget) == 0 or not self._holds_memory(sequence):
+                continue
+            granted = grants.get(sequence, 0)
+            size = min(limit, budget, sequence.num_remaining - granted)
+            grants[sequence] = granted + size
+            budget -= size
+            scored_rows -= size if sequence.is_scoring else 0
+        return [
+            Chunk(sequence, sequence.num_computed, sequence.num_computed + grants[sequence])
+            for sequence in self.running
+            if grants.get(sequence)
+        ]
+
+    def _size(self, sequence: Sequence) -> tuple[int, int]:
+        """Order of the second half of the budget: requests that already streamed, then fewest tokens first."""
+        if sequence.preempted:
+            return 0, sequence.arrival
+        in_memory = sequence.num_computed
+        if sequence in self.waiting:
+            in_memory = len(self._blocks.match(sequence.shareable)) * BLOCK_SIZE
+        return len(sequence.token_ids) - in_memory, sequence.arrival
+
+    def _holds_memory(self, sequence: Sequence) -> bool:
+        """Return whether ``sequence`` is running, admitting it now if it waits and may."""
+        if sequence not in self.waiting:
+            return True
+        oldest = self.waiting[0]
+        is_closed = sequence is not oldest and oldest.num_overtaken >= MAX_OVERTAKES
+        if is_closed or len(self.running) >= self._max_num_seqs or self._awaits_prefix(sequence):
+            return False
+        # Every running request may soon cross into a new block.
+        cached = self._blocks.open(
+            sequence.request_id,
+            len(sequence.token_ids),
+            sequence.shareable,
+            reserve=len(self.running),
+        )
+        if cached is None:
+            return False
+        if sequence is not oldest:
+            oldest.num_overtaken += 1
+        sequence.num_computed = cached
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = cached
+        sequence.preempted = False
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=_age)
+        return True
+
+    def _awaits_prefix(self, sequence: Sequence) -> bool:
+        """Return whether a running request is computing the next block that ``sequence`` could share.
+
+        The wait ends when that request stops, or after `PREFIX_PATIENCE` steps without progress: no deadlock, no
+        starvation.
+        """
+        keys = sequence.shareable
+        have = len(self._blocks.match(keys))
+        if not self._blocks.prefix_caching or have == len(keys):
+            return False
+        if not any(
+            other.num_computed <= have * BLOCK_SIZE
+            and keys[have] in other.chain.keys[have : have + 1]
+            for other in self.running
+        ):
+            return False
+        if have > sequence.awaited:
+            sequence.awaited = have
+            sequence.patience = PREFIX_PATIENCE
+        sequence.patience -= 1
+        return sequence.patience >= 0
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.arrival

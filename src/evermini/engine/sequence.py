@@ -1,0 +1,86 @@
+"""One request inside the engine: the facts; everything else is derived from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from evermini.engine.kv import BlockKey, PrefixChain
+from evermini.engine.request import SamplingParams, TokenLogprob
+from evermini.engine.sampler import Sampler
+from evermini.models.batch import BLOCK_SIZE
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request's tokens and how far they are computed.
+
+    Generated tokens are appended to ``token_ids``; whoever has more known than computed tokens has work to do. So
+    prefill, decode and recompute after a preemption are one thing: compute ``token_ids[num_computed:]``, and when
+    nothing is left, draw the next token.
+
+    Attributes:
+        request_id: Also the owner's name in KV memory.
+        arrival: Serial number; lower is older.
+        token_ids: Prompt and generated tokens.
+        num_prompt: Tokens of the prompt.
+        params: How to generate.
+        sampler: Draws this request's tokens.
+        chain: Keys of the full blocks of ``token_ids``.
+        num_computed: Tokens whose keys and values are in KV memory.
+        cached_tokens: Prompt tokens found in KV memory at the first admission; ``None`` before.
+        prompt_logprobs: One entry per scored prompt token, if asked for.
+        prompt_done: `PromptDone` has been sent.
+        preempted: Waits for the second time.
+        num_overtaken: Younger requests admitted while this one waited for memory.
+        patience: Steps left to wait for a prefix that another request computes.
+        awaited: Length of that prefix, in blocks, when last looked at.
+    """
+
+    request_id: str
+    arrival: int
+    token_ids: list[int]
+    num_prompt: int
+    params: SamplingParams
+    sampler: Sampler
+    chain: PrefixChain
+    num_computed: int = 0
+    cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    prompt_done: bool = False
+    preempted: bool = False
+    num_overtaken: int = 0
+    patience: int = 0
+    awaited: int = -1
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens that are not computed."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the last drawn token is not computed."""
+        return self.num_remaining == 1 and self.num_generated > 0
+
+    @property
+    def is_scoring(self) -> bool:
+        """Prompt tokens are still to be scored, so their rows must be computed."""
+        return self.params.prompt_logprobs is not None and self.num_unscored > 0
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens without a log-probability."""
+        return self.num_prompt - len(self.prompt_logprobs)
+
+    @property
+    def shareable(self) -> list[BlockKey]:
+        """Keys of the leading blocks whose logits nobody needs: all but the last token's, or the scored ones."""
+        limit = len(self.token_ids) - 1
+        if self.is_scoring:
+            limit = len(self.prompt_logprobs) - 1
+        return self.chain.keys[: limit // BLOCK_SIZE]
