@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -38,6 +38,10 @@ class ForwardBatch:
     context_lens: Tensor
     block_tables: Tensor
     logits_rows: Tensor
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """Return the batch on ``device``."""
+        return ForwardBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class KVCache:
@@ -82,6 +86,11 @@ class Model(Protocol):
     """What the engine asks of a model."""
 
     config: ModelConfig
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The dtype of its KV memory."""
+        ...
 
     def new_kv_cache(self, num_blocks: int) -> KVCache:
         """Allocate KV memory in the dtype and on the device this model computes with."""

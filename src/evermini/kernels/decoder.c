@@ -1,0 +1,202 @@
+/* The decoder layer around the linear layers and attention. One call runs one layer over the whole batch. */
+#include <math.h>
+#include <stdlib.h>
+#include "evermini.h"
+
+static _Thread_local struct { void *p; size_t size; } scratch[SCRATCH_COUNT];
+
+void *thread_scratch(int which, size_t bytes) {
+    if (scratch[which].size < bytes) {
+        free(scratch[which].p);
+        bytes = (bytes + 4095) & ~(size_t)4095;
+        scratch[which].p = aligned_alloc(4096, bytes);
+        if (!scratch[which].p) abort();
+        scratch[which].size = bytes;
+    }
+    return scratch[which].p;
+}
+
+/* One butterfly stage inside a vector: lanes i and i ^ H become their sum and difference. */
+#define LANE_STAGE(v, H) \
+    ((v) * (f32x16){LANE_SIGNS_##H} + __builtin_shufflevector(v, v, LANE_ORDER_##H))
+#define LANE_SIGNS_1 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1
+#define LANE_SIGNS_2 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1
+#define LANE_SIGNS_4 1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1
+#define LANE_SIGNS_8 1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1
+#define LANE_ORDER_1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define LANE_ORDER_2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
+#define LANE_ORDER_4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
+#define LANE_ORDER_8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
+
+/* In place: each run of 128 inputs (or of the largest power of two from 16 that divides k) times a Hadamard matrix.
+ * It spreads outliers over the run, so that one int8 scale serves the row; weights are rotated alike when packed. */
+static void hadamard_row(float *x, int64_t k) {
+    int64_t run = 128;
+    while (run > 1 && k % run) run /= 2;
+    if (run < 16) return; /* no rotation, here and in the packing */
+    const int64_t vectors = run / 16;
+    const float norm = 1.0f / sqrtf((float)run);
+    for (float *v = x; v < x + k; v += run) {
+        f32x16 r[8];
+        for (int64_t i = 0; i < vectors; i++) {
+            f32x16 a = loadf(v + i * 16) * norm;
+            a = LANE_STAGE(a, 1);
+            a = LANE_STAGE(a, 2);
+            a = LANE_STAGE(a, 4);
+            r[i] = LANE_STAGE(a, 8);
+        }
+        for (int64_t h = 1; h < vectors; h *= 2)
+            for (int64_t i = 0; i < vectors; i++)
+                if (!(i & h)) {
+                    f32x16 a = r[i], b = r[i + h];
+                    r[i] = a + b;
+                    r[i + h] = a - b;
+                }
+        for (int64_t i = 0; i < vectors; i++) storef(v + i * 16, r[i]);
+    }
+}
+
+/* Rotate (in place) and quantise one row of k inputs; x must have room for k_padded. */
+static void quantize_row(float *x, int64_t k, const Activation *out, int64_t row) {
+    const int64_t k_padded = (k + 31) / 32 * 32, groups = k_padded / 32;
+    for (int64_t i = k; i < k_padded; i++) x[i] = 0;
+    hadamard_row(x, k);
+    f32x16 peak = splatf(0);
+    for (int64_t i = 0; i < k_padded; i += 16) {
+        f32x16 v = loadf(x + i);
+        peak = maxf(peak, maxf(v, -v));
+    }
+    const float absmax = reduce_max(peak), inverse = absmax > 0 ? 127.0f / absmax : 0;
+    int8_t *q = out->q + row * k_padded;
+    int32_t *sums = out->group_sums + row * (groups + 1), total = 0;
+    out->scale[row] = absmax / 127.0f;
+    typedef int8_t i8x16 __attribute__((vector_size(16)));
+    for (int64_t g = 0; g < groups; g++) {
+        i32x16 a = round_to_int(loadf(x + g * 32) * inverse), b = round_to_int(loadf(x + g * 32 + 16) * inverse);
+        i8x16 a8 = __builtin_convertvector(a, i8x16), b8 = __builtin_convertvector(b, i8x16);
+        memcpy(q + g * 32, &a8, 16);
+        memcpy(q + g * 32 + 16, &b8, 16);
+        int32_t lanes[16], sum = 0;
+        storei(lanes, a + b);
+        for (int i = 0; i < 16; i++) sum += lanes[i];
+        sums[g] = sum;
+        total += sum;
+    }
+    sums[groups] = total;
+}
+
+static void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y) {
+    f32x16 sum = splatf(0);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) { f32x16 v = loadf(x + i); sum += v * v; }
+    float total = reduce_add(sum);
+    for (; i < n; i++) total += x[i] * x[i];
+    const float scale = 1.0f / sqrtf(total / (float)n + eps);
+    for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
+
+static void norm_quantize_team(const float *x, const float *weight, int64_t m, int64_t k, float eps, const Activation *out) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; r++) {
+        float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
+        rms_norm_row(x + r * k, weight, k, eps, tmp);
+        quantize_row(tmp, k, out, r);
+    }
+}
+
+static void quantize_team(const float *x, int64_t m, int64_t k, const Activation *out) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; r++) {
+        float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
+        memcpy(tmp, x + r * k, k * 4);
+        quantize_row(tmp, k, out, r);
+    }
+}
+
+/* silu(gate) * up, quantised; gate_up rows are [gate (k) | up (k)]. */
+static void gate_quantize_team(const float *gate_up, int64_t m, int64_t k, const Activation *out) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < m; r++) {
+        float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
+        const float *gate = gate_up + r * 2 * k, *up = gate + k;
+        int64_t i = 0;
+        for (; i + 16 <= k; i += 16) {
+            /* sigmoid from e^-|g|, which cannot overflow */
+            f32x16 g = loadf(gate + i), e = exp_nonpositive(-maxf(g, -g));
+            f32x16 numerator = selectf(g >= 0, splatf(1), e);
+            storef(tmp + i, g * numerator / (e + 1.0f) * loadf(up + i));
+        }
+        for (; i < k; i++) tmp[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
+        quantize_row(tmp, k, out, r);
+    }
+}
+
+/* Write rotated keys and plain values to KV memory; queries and keys in qkv stay unrotated. */
+static void store_kv_team(const Shape *s, const Batch *b, float *qkv, const float *q_norm, const float *k_norm,
+                          uint16_t *k_cache, uint16_t *v_cache) {
+    const int64_t d = s->head_dim, width = (s->num_heads + 2 * s->num_kv_heads) * d;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < b->num_tokens; t++) {
+        float *q = qkv + t * width, *k = q + s->num_heads * d, *v = k + s->num_kv_heads * d;
+        if (q_norm) {
+            for (int64_t h = 0; h < s->num_heads; h++) rms_norm_row(q + h * d, q_norm, d, s->rms_eps, q + h * d);
+            for (int64_t h = 0; h < s->num_kv_heads; h++) rms_norm_row(k + h * d, k_norm, d, s->rms_eps, k + h * d);
+        }
+        const float *cos = s->cos + b->positions[t] * (d / 2), *sin = s->sin + b->positions[t] * (d / 2);
+        const int64_t block = b->slots[t] / 32, offset = b->slots[t] % 32;
+        for (int64_t h = 0; h < s->num_kv_heads; h++) {
+            uint16_t *kd = k_cache + (block * s->num_kv_heads + h) * d * 32 + offset;
+            uint16_t *vd = v_cache + ((block * s->num_kv_heads + h) * 32 + offset) * d;
+            for (int64_t j = 0; j < d / 2; j++) {
+                const float a = k[h * d + j], c = k[h * d + j + d / 2];
+                kd[j * 32] = float_to_half(a * cos[j] - c * sin[j]);
+                kd[(j + d / 2) * 32] = float_to_half(c * cos[j] + a * sin[j]);
+            }
+            for (int64_t j = 0; j < d; j += 16) store_half(vd + j, loadf(v + h * d + j));
+        }
+    }
+}
+
+/* hidden (T, hidden_size) float32 is updated in place; ws->qkv is left holding the layer's unrotated q, k, v. */
+void em_layer(const Shape *s, const Layer *layer, const Batch *b, const Workspace *ws, float *hidden,
+              uint16_t *k_cache, uint16_t *v_cache) {
+    const int64_t m = b->num_tokens, hidden_size = s->hidden_size, attn_size = s->num_heads * s->head_dim;
+    int64_t partial_floats;
+    void *plan;
+    const int64_t count = attention_plan(s, b, &plan, &partial_floats);
+    float *partial = thread_scratch(SCRATCH_PARTIAL, partial_floats * sizeof(float));
+#pragma omp parallel
+    {
+        norm_quantize_team(hidden, layer->input_norm, m, hidden_size, s->rms_eps, &ws->act);
+        linear_team(&layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, 0);
+        store_kv_team(s, b, ws->qkv, layer->q_norm, layer->k_norm, k_cache, v_cache);
+        attention_team(s, b, plan, count, ws->qkv, k_cache, v_cache, ws->attn, partial);
+        quantize_team(ws->attn, m, attn_size, &ws->act);
+        linear_team(&layer->o, &ws->act, m, hidden, hidden_size, 1);
+        norm_quantize_team(hidden, layer->post_norm, m, hidden_size, s->rms_eps, &ws->act);
+        linear_team(&layer->gate_up, &ws->act, m, ws->gate_up, layer->gate_up.n, 0);
+        gate_quantize_team(ws->gate_up, m, s->intermediate_size, &ws->act);
+        linear_team(&layer->down, &ws->act, m, hidden, hidden_size, 1);
+    }
+}
+
+/* Final norm and output projection: logits (m, vocabulary). */
+void em_logits(const Shape *s, const float *norm, const Linear *head, const Workspace *ws, const float *hidden, int64_t m,
+               float *logits) {
+#pragma omp parallel
+    {
+        norm_quantize_team(hidden, norm, m, s->hidden_size, s->rms_eps, &ws->act);
+        linear_team(head, &ws->act, m, logits, head->n, 0);
+    }
+}
+
+/* A quantised linear layer on its own (tests, adapters): x (m, k) float32 -> y (m, n). */
+void em_linear(const Linear *w, const Activation *act, const float *x, int64_t m, float *y) {
+#pragma omp parallel
+    {
+        quantize_team(x, m, w->k, act);
+        linear_team(w, act, m, y, w->n, 0);
+    }
+}

@@ -1,0 +1,58 @@
+/* Types shared by the kernels. Functions named em_* are called from Python; *_team ones by all threads of a team. */
+#ifndef EVERMINI_H
+#define EVERMINI_H
+#include "simd.h"
+
+/* A packed weight matrix (n x k); see linear.c. scale and bias hold n rounded up to 64; bias may be NULL. */
+typedef struct {
+    const uint8_t *data;
+    const float *scale;
+    const float *bias;
+    int64_t n, k, k_padded; /* k_padded: k rounded up to 32 */
+    int64_t bits;
+} Linear;
+
+/* int8 rows: value = q * scale; group_sums holds each 32-run's sum and, last, the row's. Padding is 0. */
+typedef struct {
+    int8_t *q;           /* (m, k_padded) */
+    float *scale;        /* (m) */
+    int32_t *group_sums; /* (m, k_padded / 32 + 1) */
+} Activation;
+
+enum { SCRATCH_PANEL, SCRATCH_ATTENTION, SCRATCH_ROW, SCRATCH_TASKS, SCRATCH_PARTIAL, SCRATCH_COUNT };
+/* Grow-only, page-aligned memory of the calling thread, one piece per purpose. */
+void *thread_scratch(int which, size_t bytes);
+
+/* What one forward pass computes; see models/batch.py. */
+typedef struct {
+    int64_t num_tokens, num_seqs, max_blocks;
+    const int64_t *positions;    /* (T) */
+    const int64_t *slots;        /* (T) */
+    const int32_t *query_start;  /* (S + 1) */
+    const int32_t *context_lens; /* (S) */
+    const int32_t *block_tables; /* (S, max_blocks) */
+} Batch;
+
+typedef struct {
+    int64_t hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim;
+    float rms_eps, query_scale;
+    const float *cos, *sin; /* (max_position, head_dim / 2) */
+} Shape;
+
+/* One decoder layer; q_norm and k_norm are NULL but for Qwen3. */
+typedef struct {
+    Linear qkv, o, gate_up, down;
+    const float *input_norm, *post_norm, *q_norm, *k_norm;
+} Layer;
+
+/* Room for T tokens: act for the widest input, qkv (T, qkv.n), attn (T, heads * head_dim), gate_up (T, 2 * intermediate). */
+typedef struct {
+    Activation act;
+    float *qkv, *attn, *gate_up;
+} Workspace;
+
+void linear_team(const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, int accumulate);
+int64_t attention_plan(const Shape *s, const Batch *b, void **tasks, int64_t *partial_floats);
+void attention_team(const Shape *s, const Batch *b, const void *tasks, int64_t count, const float *qkv,
+                    const uint16_t *k, const uint16_t *v, float *attn, float *partial);
+#endif

@@ -1,0 +1,217 @@
+/* Integer linear layers: y = x W^T with int8 activations and 4-, 5-, 6- or 8-bit weights, int32 accumulation.
+ *
+ * Every weight is an int8 times its output channel's scale. At 8 bits it is stored as such. Below, a run of 32 weights of
+ * one channel (a group) is g * q with a small integer g and a `bits`-bit q, so the same exact integer sum comes out
+ * whether a kernel multiplies group sums by g (few rows: memory-bound) or expands panels to int8 (many rows).
+ * Integer sums do not depend on order: a row's result is the same bit for bit, whatever else is in the batch.
+ *
+ * Memory: channels in panels of 64 (4 vectors of 16), 4 consecutive inputs side by side for the dot instruction:
+ *
+ *   8 bits:   panel: [k/4][4 vectors][16 channels][4 inputs]            u8 = weight + 128
+ *   < 8 bits: panel: [k/32] x { nibbles [4][4][64]: byte = step j | step j+4 << 4     u8 = q + 2^(bits-1)
+ *                               bit 4   [8][4] x u64 (5 and 6 bits)
+ *                               bit 5   [8][4] x u64 (6 bits)
+ *                               g       [64] x u8 }
+ */
+#include "evermini.h"
+
+#define GROUP 32
+#define PANEL 64
+#define TILE 6 /* rows x 4 vectors = 24 accumulators of 32 registers */
+#define FEW_ROWS 8
+
+INLINE int64_t group_bytes(int bits) { return 1024 + (bits - 4) * 256 + 64; }
+INLINE int64_t panel_bytes(const Linear *w) {
+    return w->bits == 8 ? w->k_padded * PANEL : w->k_padded / GROUP * group_bytes(w->bits);
+}
+
+INLINE i32x16 input4(const int8_t *x) {
+    int32_t v;
+    memcpy(&v, x, 4);
+    return splati(v);
+}
+
+/* Scale one row's 16 sums and write them, adding the bias, or to what is there (a residual). */
+INLINE void finish(const Linear *w, i32x16 acc, float scale, int64_t n, float *y, int accumulate) {
+    f32x16 v = to_float(acc) * (loadf(w->scale + n) * scale);
+    if (w->bias) v += loadf(w->bias + n);
+    if (n + 16 <= w->n) {
+        storef(y + n, accumulate ? loadf(y + n) + v : v);
+    } else {
+        for (int64_t i = 0; n + i < w->n; i++) y[n + i] = accumulate ? y[n + i] + v[i] : v[i];
+    }
+}
+
+/* The 4 packed steps j and j+4 of vector z of one group, as bytes q + 2^(bits-1). */
+INLINE void unpack(int bits, const uint8_t *group, int j, int z, i32x16 *low, i32x16 *high) {
+    i32x16 nibbles = loadi(group + (j * 4 + z) * 64);
+    *low = nibbles & 0x0f0f0f0f;
+    *high = (i32x16)((u32x16)nibbles >> 4) & 0x0f0f0f0f;
+    for (int bit = 4; bit < bits; bit++) {
+        const uint8_t *plane = group + 1024 + (bit - 4) * 256;
+        uint64_t a, b;
+        memcpy(&a, plane + (j * 4 + z) * 8, 8);
+        memcpy(&b, plane + ((j + 4) * 4 + z) * 8, 8);
+        *low = set_bit(*low, a, bit);
+        *high = set_bit(*high, b, bit);
+    }
+}
+
+INLINE i32x16 group_scales(int bits, const uint8_t *group, int z) {
+    uint8_t g[16];
+    memcpy(g, group + 1024 + (bits - 4) * 256 + z * 16, 16);
+    i32x16 v;
+    for (int i = 0; i < 16; i++) v[i] = g[i];
+    return v;
+}
+
+/* Few rows straight from the packed panel: `rows` x `vectors` sums, both compile-time constants. */
+INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, int z0, int vectors,
+                     const Activation *x, int64_t row0, int64_t n0, float *y, int64_t ldy, int accumulate) {
+    i32x16 total[4][4];
+    const int64_t groups = w->k_padded / GROUP;
+    const int8_t *xq[4];
+    const int32_t *sums[4];
+    for (int r = 0; r < rows; r++) {
+        xq[r] = x->q + (row0 + r) * w->k_padded;
+        sums[r] = x->group_sums + (row0 + r) * (groups + 1);
+        for (int z = 0; z < vectors; z++)
+            total[r][z] = bits == 8 ? splati(-128 * sums[r][groups]) : splati(0);
+    }
+    if (bits == 8) {
+        for (int64_t k = 0; k < w->k_padded; k += 4) {
+            i32x16 v[4];
+            UNROLL for (int z = 0; z < vectors; z++) v[z] = loadi(panel + k * PANEL + (z0 + z) * 64);
+            UNROLL for (int r = 0; r < rows; r++) {
+                i32x16 b = input4(xq[r] + k);
+                UNROLL for (int z = 0; z < vectors; z++) total[r][z] = dot4(total[r][z], v[z], b);
+            }
+        }
+    } else {
+        const uint8_t *group = panel;
+        for (int64_t g = 0; g < groups; g++, group += group_bytes(bits)) {
+            i32x16 acc[4][4];
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int z = 0; z < vectors; z++)
+                    acc[r][z] = splati(-(1 << (bits - 1)) * sums[r][g]);
+            UNROLL for (int j = 0; j < 4; j++) {
+                UNROLL for (int z = 0; z < vectors; z++) {
+                    i32x16 low, high;
+                    unpack(bits, group, j, z0 + z, &low, &high);
+                    UNROLL for (int r = 0; r < rows; r++) {
+                        const int8_t *in = xq[r] + g * GROUP + j * 4;
+                        acc[r][z] = dot4(acc[r][z], low, input4(in));
+                        acc[r][z] = dot4(acc[r][z], high, input4(in + 16));
+                    }
+                }
+            }
+            UNROLL for (int z = 0; z < vectors; z++) {
+                i32x16 scale = group_scales(bits, group, z0 + z);
+                UNROLL for (int r = 0; r < rows; r++) total[r][z] += acc[r][z] * scale;
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int z = 0; z < vectors; z++)
+            finish(w, total[r][z], x->scale[row0 + r], n0 + (z0 + z) * 16, y + (row0 + r) * ldy, accumulate);
+}
+
+INLINE void few_rows_panel(const Linear *w, const uint8_t *panel, int bits, const Activation *x, int64_t m,
+                           int64_t n0, float *y, int64_t ldy, int accumulate) {
+    int64_t row = 0;
+    for (; row + 4 <= m; row += 4)
+        for (int z = 0; z < 4; z += 2) few_rows(w, panel, bits, 4, z, 2, x, row, n0, y, ldy, accumulate);
+    if (row + 2 <= m) {
+        for (int z = 0; z < 4; z += 2) few_rows(w, panel, bits, 2, z, 2, x, row, n0, y, ldy, accumulate);
+        row += 2;
+    }
+    if (row < m) few_rows(w, panel, bits, 1, 0, 4, x, row, n0, y, ldy, accumulate);
+}
+
+/* Write a panel's weights as u8 = weight + 128 in the 8-bit layout. */
+INLINE void expand(const Linear *w, const uint8_t *panel, int bits, uint8_t *out) {
+    const int64_t groups = w->k_padded / GROUP;
+    for (int64_t g = 0; g < groups; g++, panel += group_bytes(bits), out += GROUP * PANEL) {
+        for (int z = 0; z < 4; z++) {
+            i32x16 scale = group_scales(bits, panel, z);
+            i16x32 scale16 = (i16x32)(scale * 0x10001);
+            i32x16 shift = (128 - (scale << (bits - 1))) & 0xff;
+            u8x64 offset = (u8x64)(shift * 0x01010101);
+            for (int j = 0; j < 4; j++) {
+                i32x16 part[2];
+                unpack(bits, panel, j, z, &part[0], &part[1]);
+                for (int h = 0; h < 2; h++) {
+                    i16x32 even = (i16x32)(part[h] & 0x00ff00ff) * scale16;
+                    i16x32 odd = (i16x32)((part[h] >> 8) & 0x00ff00ff) * scale16;
+                    i32x16 bytes = ((i32x16)even & 0x00ff00ff) | (((i32x16)odd & 0x00ff00ff) << 8);
+                    storei(out + ((j + 4 * h) * 4 + z) * 64, (i32x16)((u8x64)bytes + offset));
+                }
+            }
+        }
+    }
+}
+
+/* `rows` (constant) x 64 channels over all inputs of an 8-bit panel. */
+INLINE void tile(const Linear *w, const uint8_t *panel, int rows, const Activation *x, int64_t row0,
+                 int64_t n0, float *y, int64_t ldy, int accumulate) {
+    i32x16 acc[TILE][4];
+    const int64_t groups = w->k_padded / GROUP;
+    const int8_t *xq = x->q + row0 * w->k_padded;
+    UNROLL for (int r = 0; r < rows; r++) {
+        int32_t sum = x->group_sums[(row0 + r) * (groups + 1) + groups];
+        UNROLL for (int z = 0; z < 4; z++) acc[r][z] = splati(-128 * sum);
+    }
+    for (int64_t k = 0; k < w->k_padded; k += 4) {
+        i32x16 v[4];
+        UNROLL for (int z = 0; z < 4; z++) v[z] = loadi(panel + k * PANEL + z * 64);
+        UNROLL for (int r = 0; r < rows; r++) {
+            i32x16 b = input4(xq + r * w->k_padded + k);
+            UNROLL for (int z = 0; z < 4; z++) acc[r][z] = dot4(acc[r][z], v[z], b);
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int z = 0; z < 4; z++)
+            finish(w, acc[r][z], x->scale[row0 + r], n0 + z * 16, y + (row0 + r) * ldy, accumulate);
+}
+
+static void tile_rows(const Linear *w, const uint8_t *panel, const Activation *x, int64_t row, int64_t end,
+                      int64_t n0, float *y, int64_t ldy, int accumulate) {
+    for (; row + TILE <= end; row += TILE) tile(w, panel, TILE, x, row, n0, y, ldy, accumulate);
+    switch (end - row) {
+    case 5: tile(w, panel, 5, x, row, n0, y, ldy, accumulate); break;
+    case 4: tile(w, panel, 4, x, row, n0, y, ldy, accumulate); break;
+    case 3: tile(w, panel, 3, x, row, n0, y, ldy, accumulate); break;
+    case 2: tile(w, panel, 2, x, row, n0, y, ldy, accumulate); break;
+    case 1: tile(w, panel, 1, x, row, n0, y, ldy, accumulate); break;
+    }
+}
+
+void linear_team(const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, int accumulate) {
+    const int64_t panels = (w->n + PANEL - 1) / PANEL, stride = panel_bytes(w);
+    if (m < FEW_ROWS) {
+#pragma omp for schedule(static)
+        for (int64_t p = 0; p < panels; p++) {
+            const uint8_t *panel = w->data + p * stride;
+            switch (w->bits) {
+            case 4: few_rows_panel(w, panel, 4, x, m, p * PANEL, y, ldy, accumulate); break;
+            case 5: few_rows_panel(w, panel, 5, x, m, p * PANEL, y, ldy, accumulate); break;
+            case 6: few_rows_panel(w, panel, 6, x, m, p * PANEL, y, ldy, accumulate); break;
+            default: few_rows_panel(w, panel, 8, x, m, p * PANEL, y, ldy, accumulate);
+            }
+        }
+        return;
+    }
+    const int64_t chunk = 258, chunks = (m + chunk - 1) / chunk; /* 43 tiles: rows and panel stay in L2 */
+    uint8_t *scratch = w->bits == 8 ? NULL : thread_scratch(SCRATCH_PANEL, w->k_padded * PANEL);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < panels * chunks; t++) {
+        const int64_t p = t % panels, row = t / panels * chunk, end = row + chunk < m ? row + chunk : m;
+        const uint8_t *panel = w->data + p * stride;
+        switch (w->bits) {
+        case 4: expand(w, panel, 4, scratch); panel = scratch; break;
+        case 5: expand(w, panel, 5, scratch); panel = scratch; break;
+        case 6: expand(w, panel, 6, scratch); panel = scratch; break;
+        }
+        tile_rows(w, panel, x, row, end, p * PANEL, y, ldy, accumulate);
+    }
+}

@@ -1,0 +1,162 @@
+"""The decoder on `evermini.kernels`: integer weights, half-precision KV memory, one native call per layer.
+
+Batch-invariant: a token's logits are the same bit for bit whatever else is in the batch, however its prompt was cut
+into chunks, and whether its prefix came from the cache (reasons in kernels/linear.c and kernels/attention.c).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from evermini import kernels
+from evermini.models.batch import ForwardBatch, KVCache
+from evermini.models.checkpoint import Checkpoint
+from evermini.models.config import ModelConfig
+from evermini.models.decoder import load_layer
+from evermini.models.quantize import GROUP, PANEL, quantize_weight
+from evermini.models.rope import rope_tables
+
+
+class PackedLinear:
+    """A weight matrix in the kernels' layout; owns the memory its ``struct`` points to."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
+        n, k = weight.shape
+        quantized = quantize_weight(weight, bits)
+        padding = (0, -n % PANEL)
+        self.data = quantized.pack()
+        self.scale = torch.nn.functional.pad(quantized.scale, padding)
+        self.bias = None if bias is None else torch.nn.functional.pad(bias.float(), padding)
+        self.struct = kernels.Linear(
+            self.data.data_ptr(),
+            self.scale.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+            n, k, -(-k // GROUP) * GROUP, bits,
+        )  # fmt: skip
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights and scales."""
+        return self.data.numel() + 4 * self.scale.numel()
+
+
+class ActivationBuffer:
+    """Room for ``rows`` quantised rows of up to ``width`` inputs."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        padded = -(-width // GROUP) * GROUP
+        self.q = torch.empty(rows, padded, dtype=torch.int8)
+        self.scale = torch.empty(rows)
+        self.group_sums = torch.empty(rows, padded // GROUP + 1, dtype=torch.int32)
+        self.struct = kernels.Activation(
+            self.q.data_ptr(), self.scale.data_ptr(), self.group_sums.data_ptr()
+        )
+
+
+class _Workspace:
+    """Intermediate results of a forward pass over up to ``rows`` tokens."""
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        attention = config.num_heads * config.head_dim
+        self.rows = rows
+        self.act = ActivationBuffer(rows, max(config.hidden_size, config.intermediate_size, attention))
+        self.qkv = torch.empty(rows, attention + 2 * config.num_kv_heads * config.head_dim)
+        self.attn = torch.empty(rows, attention)
+        self.gate_up = torch.empty(rows, 2 * config.intermediate_size)
+        self.struct = kernels.Workspace(
+            self.act.struct, self.qkv.data_ptr(), self.attn.data_ptr(), self.gate_up.data_ptr()
+        )
+
+
+class NativeDecoder:
+    """A decoder on native kernels; implements `evermini.models.batch.Model`.
+
+    Args:
+        checkpoint: Where the weights come from; its head_dim must be a multiple of 16.
+        bits: Weight bits: 8, 6, 5 or 4. The output projection keeps at least 6.
+    """
+
+    kv_dtype = torch.float16
+
+    def __init__(self, checkpoint: Checkpoint, *, bits: int = 8) -> None:
+        library = kernels.load()
+        assert library is not None, "callers check kernels.load() first"
+        self._library = library
+        self.config: ModelConfig = checkpoint.config
+        config = self.config
+        self.embedding = checkpoint.tensor("model.embed_tokens.weight").half()
+        self._owned: list[object] = []
+        self._layers = [self._load_layer(checkpoint, i, bits) for i in range(config.num_layers)]
+        name = "model.embed_tokens" if config.tie_embeddings else "lm_head"
+        self._head = PackedLinear(checkpoint.tensor(f"{name}.weight"), None, max(bits, 6))
+        self._norm = checkpoint.tensor("model.norm.weight").contiguous()
+        self._cos, self._sin = rope_tables(config)
+        self._shape = kernels.Shape(
+            config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
+            config.rms_norm_eps, config.head_dim**-0.5, self._cos.data_ptr(), self._sin.data_ptr(),
+        )  # fmt: skip
+        self._workspace = _Workspace(config, 1)
+
+    def _load_layer(self, checkpoint: Checkpoint, index: int, bits: int) -> kernels.Layer:
+        p = load_layer(checkpoint, index)
+        packed = [
+            PackedLinear(p.qkv, p.qkv_bias, bits),
+            PackedLinear(p.o, p.o_bias, bits),
+            PackedLinear(p.gate_up, None, bits),
+            PackedLinear(p.down, None, bits),
+        ]
+        norms = [None if t is None else t.contiguous() for t in (p.input_norm, p.post_norm, p.q_norm, p.k_norm)]
+        self._owned += [packed, norms]
+        return kernels.Layer(
+            *(linear.struct for linear in packed), *(None if t is None else t.data_ptr() for t in norms)
+        )
+
+    def new_kv_cache(self, num_blocks: int) -> KVCache:
+        """Allocate float16 KV memory."""
+        return KVCache(self.config, num_blocks, self.kv_dtype)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Write the batch's keys and values into ``kv``; return logits (R, vocab_size) float32."""
+        hidden = self.embedding[batch.token_ids].float()
+        pointers = self._batch_struct(batch)
+        for index in range(self.config.num_layers):
+            self.run_layer(index, hidden, pointers, kv)
+        return self._logits(hidden[batch.logits_rows])
+
+    def run_layer(self, index: int, hidden: Tensor, batch: kernels.Batch, kv: KVCache) -> None:
+        """Update ``hidden`` (T, hidden_size) in place; the layer's keys and values go to ``kv``."""
+        self._library.em_layer(
+            ctypes.byref(self._shape), ctypes.byref(self._layers[index]), ctypes.byref(batch),
+            ctypes.byref(self._workspace_for(hidden.shape[0])), hidden.data_ptr(),
+            kv.k[index].data_ptr(), kv.v[index].data_ptr(),
+        )  # fmt: skip
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        rows = hidden.shape[0]
+        logits = torch.empty(rows, self.config.vocab_size)
+        if rows:
+            self._library.em_logits(
+                ctypes.byref(self._shape), self._norm.data_ptr(), ctypes.byref(self._head.struct),
+                ctypes.byref(self._workspace_for(rows)), hidden.data_ptr(), rows, logits.data_ptr(),
+            )  # fmt: skip
+        return logits
+
+    def _workspace_for(self, rows: int) -> kernels.Workspace:
+        if self._workspace.rows < rows:
+            self._workspace = _Workspace(self.config, rows)
+        return self._workspace.struct
+
+    @staticmethod
+    def _batch_struct(batch: ForwardBatch) -> kernels.Batch:
+        """Point at the batch's tensors; they must outlive the struct."""
+        for tensor in (batch.positions, batch.slots, batch.query_start, batch.context_lens, batch.block_tables):
+            assert tensor.is_contiguous()
+        return kernels.Batch(
+            batch.token_ids.shape[0], batch.context_lens.shape[0], batch.block_tables.shape[1],
+            batch.positions.data_ptr(), batch.slots.data_ptr(), batch.query_start.data_ptr(),
+            batch.context_lens.data_ptr(), batch.block_tables.data_ptr(),
+        )  # fmt: skip
