@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from pydantic_core import CoreSchema
 
 ENV_PREFIX = "EVERMINI_"
-OTHER_ENV = frozenset({"EVERMINI_CONFIG", "EVERMINI_DEBUG"})
-"""Variables of ours that are not settings: the TOML file's path, and tracebacks for the command line."""
+OTHER_ENV = {
+    "EVERMINI_CONFIG": "Path of the settings file; `--config` wins.",
+    "EVERMINI_DEBUG": "Set: the command line shows tracebacks, as with `--debug`.",
+    "EVERMINI_KERNELS": "0: compute with PyTorch operations instead of the native CPU kernels.",
+}
+"""Variables of ours that are not settings, with what they do."""
 FOREIGN_ENV_PREFIXES = ("EVERMINI_TEST_", "EVERMINI_BENCH_")
 """Variables that only the tests and the benchmarks read."""
 FILE_NAME = "evermini.toml"
@@ -73,6 +77,12 @@ def _parse_list(value: object) -> tuple[str, ...]:
     if isinstance(value, list | tuple) and all(isinstance(part, str) for part in value):
         return tuple(value)
     raise ValueError("expected a list of strings, or one string separated by commas")
+
+
+def _parse_device(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        return value
+    raise ValueError("expected auto, cpu, cuda or cuda:N")
 
 
 def _parse_path(value: object) -> Path:
@@ -125,8 +135,8 @@ class Settings:
 
     model: str = _setting(
         "mini",
-        "Tier (nano, mini, full), alias, or path of a GGUF file or safetensors folder. `serve` takes "
-        "several, separated by commas; the first is the default.",
+        "Tier (nano, mini, full), alias, or path of a GGUF file or safetensors folder; TIER=PATH gives a "
+        "path a tier's names. `serve` takes several, separated by commas.",
         group="Model",
         metavar="MODEL",
     )
@@ -144,10 +154,13 @@ class Settings:
         shown="none",
         metavar="DIR",
     )
-    device: Literal["auto", "cpu", "cuda"] = _setting(
-        "auto", "Where the model runs; auto takes a GPU if there is one.", group="Model"
+    device: Annotated[str, _Parsed(_parse_device)] = _setting(
+        "auto",
+        "Where the model runs; auto takes a GPU if there is one.",
+        group="Model",
+        metavar="auto|cpu|cuda[:N]",
     )
-    precision: Literal["auto", "int8", "fp32", "bf16"] = _setting(
+    precision: Literal["auto", "int8", "int6", "int5", "int4", "fp32", "bf16"] = _setting(
         "auto", "Number format of the weights; auto is int8 on a CPU, bf16 on a GPU.", group="Model"
     )
     threads: Annotated[int, Ge(1)] | None = _setting(

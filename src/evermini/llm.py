@@ -1,0 +1,297 @@
+"""The Python API: a model in this process, without a server.
+
+    from evermini import LLM
+
+    with LLM("mini") as llm:
+        answer = llm.chat([{"role": "user", "content": "Name a prime."}], max_tokens=20, temperature=0)
+        print(answer.text, answer.usage.completion_tokens)
+
+        with llm.chat([{"role": "user", "content": "Tell me a story."}], stream=True) as stream:
+            for delta in stream:
+                print(delta.text, end="", flush=True)
+        print(stream.finish_reason)
+
+Parameters, their checks and their meaning are those of ``/v1/chat/completions`` and ``/v1/completions``: the same code
+serves both. Everything here blocks; one `LLM` may be used from several threads, whose requests then share batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, overload
+
+from anyio.from_thread import start_blocking_portal
+
+from evermini.config import load_settings
+from evermini.errors import EngineStoppedError
+from evermini.service import chat as chat_service
+from evermini.service import completions as completion_service
+from evermini.service.runtime import ModelInfo, load_tier
+from evermini.service.schemas import parse_chat, parse_completion
+
+if TYPE_CHECKING:
+    from evermini.service.chat import ChatChoice
+    from evermini.service.completions import TextChoice, TextDelta
+    from evermini.service.generation import Delta, Usage
+
+T = TypeVar("T")
+
+
+class _Text(Protocol):
+    """A piece of an answer: a whole choice, or what one step adds to it."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+
+
+ChoiceT = TypeVar("ChoiceT", bound=_Text)
+DeltaT = TypeVar("DeltaT", bound=_Text)
+DeltaT_co = TypeVar("DeltaT_co", bound=_Text, covariant=True)
+
+
+class _Run(Protocol[DeltaT_co]):
+    """A request in flight, as the service layer gives it."""
+
+    def deltas(self) -> AsyncGenerator[DeltaT_co, None]: ...
+    def abort(self) -> None: ...
+    @property
+    def usage(self) -> Usage: ...
+
+
+@dataclass(frozen=True)
+class Answer(Generic[ChoiceT]):
+    """A finished answer.
+
+    Attributes:
+        model: Name of the model that answered.
+        choices: The ``n`` answers, by index.
+        usage: Tokens of the prompt, of them cached, and of all choices.
+        seconds: From the call to the last token.
+    """
+
+    model: str
+    choices: Sequence[ChoiceT]
+    usage: Usage
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """What the first choice says."""
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the first choice ended: ``"stop"``, or ``"length"`` if the token limit came first."""
+        return self.choices[0].finish_reason
+
+
+class AnswerStream(Generic[DeltaT]):
+    """An answer as it is written: iterate once over its deltas. `close` (or leaving ``with``) ends it early.
+
+    Attributes:
+        model: Name of the model that answers.
+        text: What the first choice says so far.
+        finish_reason: Why the first choice ended; ``None`` until it has.
+        first_token_seconds: From the call to the first delta; ``None`` until then.
+        seconds: From the call to the latest delta.
+    """
+
+    def __init__(self, llm: LLM, run: _Run[DeltaT], started: float) -> None:
+        self.model = llm.info.id
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.first_token_seconds: float | None = None
+        self.seconds = 0.0
+        self._llm = llm
+        self._run = run
+        self._deltas = run.deltas()
+        self._started = started
+        self._is_over = False
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; final once the deltas are exhausted."""
+        return self._run.usage
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> DeltaT:
+        if self._is_over:
+            raise StopIteration
+        try:
+            delta: DeltaT | None = self._llm._call(_next, self._deltas)
+        except BaseException:  # Ctrl-C too: the engine must not go on for nobody
+            self.close()
+            raise
+        if delta is None:
+            self._is_over = True
+            raise StopIteration
+        self.seconds = time.perf_counter() - self._started
+        if self.first_token_seconds is None:
+            self.first_token_seconds = self.seconds
+        if delta.index == 0:
+            self.text += delta.text
+            self.finish_reason = delta.finish_reason
+        return delta
+
+    def close(self) -> None:
+        """End the request in the engine; does nothing if it has ended."""
+        if not self._is_over and not self._llm.is_closed:
+            self._is_over = True
+            self._llm._call(_abort, self._run)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class LLM:
+    """A loaded model. Use it as a context manager, or `close` it: it holds memory and a thread.
+
+    Args:
+        model: Tier, alias, or path of a GGUF file or safetensors folder; default the setting ``model``.
+        progress: Told how a fetch of the weights goes: bytes done, bytes in total, where from.
+        **settings: Any setting of `evermini.config.Settings`, e.g. ``threads=4``. They win over ``EVERMINI_*``
+            variables and the settings file, which are read too.
+
+    Attributes:
+        is_closed: `close` was called.
+
+    Raises:
+        ConfigError: A setting is unknown, malformed, or does not fit the machine.
+        ModelNotFoundError: Nothing has that name.
+        DownloadError: The weights could not be fetched.
+        ModelError: The checkpoint cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | None = None,
+        *,
+        progress: Callable[[int, int, str], None] | None = None,
+        **settings: object,
+    ) -> None:
+        name = None if model is None else fspath(model)
+        loaded = load_settings({"model": name, **settings}, flag_label=lambda n: f"argument {n}")
+        self.is_closed = False
+        with ExitStack() as stack:
+            # Closed in reverse: the engine first, so that nobody waits for an answer in a loop that is gone.
+            self._portal = stack.enter_context(start_blocking_portal())
+            self._served = load_tier(
+                name or loaded.settings.models[0], loaded.settings, progress=progress
+            )
+            stack.callback(self._served.close)
+            self._stack = stack.pop_all()
+
+    @property
+    def info(self) -> ModelInfo:
+        """The model's names and its context window."""
+        return self._served.info
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        **params: Any,
+    ) -> Answer[ChatChoice]: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **params: Any
+    ) -> AnswerStream[Delta]: ...
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **params: Any
+    ) -> Answer[ChatChoice] | AnswerStream[Delta]:
+        """Answer a conversation.
+
+        Args:
+            messages: ``{"role": ..., "content": ...}`` each.
+            stream: Return an iterator over the answer as it is written.
+            **params: Those of ``/v1/chat/completions``: ``max_completion_tokens``, ``temperature``, ``top_p``, ``n``,
+                ``stop``, ``seed``, ``logprobs``, ``top_logprobs``, ``logit_bias``, ``presence_penalty``,
+                ``frequency_penalty``.
+
+        Raises:
+            ContextLengthError: Prompt and output do not fit into the model's window.
+            InvalidRequestError: A parameter is unknown, malformed or out of range.
+        """
+        started = time.perf_counter()
+        body = {**params, "model": self.info.id, "messages": [dict(item) for item in messages]}
+        run = self._call(chat_service.start, self._served, parse_chat({**body, "stream": stream}))
+        if stream:
+            return AnswerStream(self, run, started)
+        choices = self._call(run.collect)
+        return Answer(self.info.id, choices, run.usage, time.perf_counter() - started)
+
+    @overload
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[False] = False, **params: Any
+    ) -> Answer[TextChoice]: ...
+    @overload
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: Literal[True], **params: Any
+    ) -> AnswerStream[TextDelta]: ...
+    def complete(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **params: Any
+    ) -> Answer[TextChoice] | AnswerStream[TextDelta]:
+        """Continue a text (or token ids), without a chat template; 16 tokens unless ``max_tokens`` says more.
+
+        Args:
+            prompt: The text to continue.
+            stream: As in `chat`.
+            **params: Those of ``/v1/completions``; besides the sampling parameters ``echo`` and ``logprobs``.
+
+        Raises:
+            ContextLengthError: Prompt and output do not fit into the model's window.
+            InvalidRequestError: A parameter is unknown, malformed or out of range.
+        """
+        started = time.perf_counter()
+        body = {**params, "model": self.info.id, "stream": stream}
+        body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+        run = self._call(completion_service.start, self._served, parse_completion(body))
+        if stream:
+            return AnswerStream(self, run, started)
+        choices = self._call(run.collect)
+        return Answer(self.info.id, choices, run.usage, time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Stop the engine and free the model; does nothing the second time."""
+        self.is_closed = True
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run a coroutine function in the portal's event loop; Ctrl-C here cancels it there."""
+        if self.is_closed:
+            raise EngineStoppedError("This LLM is closed. Make a new one.")
+        future = self._portal.start_task_soon(function, *args)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+async def _next(deltas: AsyncGenerator[DeltaT, None]) -> DeltaT | None:
+    return await anext(deltas, None)
+
+
+async def _abort(run: _Run[Any]) -> None:
+    run.abort()
