@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from evermini.engine.engine import Engine
+from evermini.engine.request import Event, Finished, PromptDone, TokenOutput
 from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache
 from evermini.models.config import ModelConfig
 
@@ -29,8 +35,8 @@ def tiny_config(vocab_size: int = 97, max_position: int = 8192) -> ModelConfig:
 class TinyModel:
     """Two layers of causal attention with random weights, in float64 (so batching cannot flip an argmax).
 
-    Every key and value goes through the KV cache by way of ``slots`` and ``block_tables`` alone, and attention is
-    sharp enough that one wrong, stale or foreign block changes the output. Blocks it is handed for the first time
+    Every key and value goes through the KV cache by way of ``slots`` and ``block_tables`` alone, and each earlier
+    token changes the output: one wrong, stale or foreign block shows. Blocks it is handed for the first time
     hold NaN: reading what was never written shows.
 
     Attributes:
@@ -52,8 +58,8 @@ class TinyModel:
         self._head = weight(c.hidden_size, c.vocab_size) * 3
         self._layers = [
             {
-                "q": weight(c.hidden_size, width) * 2,
-                "k": weight(c.hidden_size, c.head_dim) * 2,
+                "q": weight(c.hidden_size, width),
+                "k": weight(c.hidden_size, c.head_dim),
                 "v": weight(c.hidden_size, c.head_dim),
                 "o": weight(width, c.hidden_size),
             }
@@ -69,7 +75,7 @@ class TinyModel:
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         c = self.config
         starts = batch.query_start.tolist()
-        self.batches.append([end - start for start, end in zip(starts, starts[1:], strict=False)])
+        self.batches.append([end - start for start, end in itertools.pairwise(starts)])
         if self.fail_on == len(self.batches) - 1:
             raise RuntimeError("injected failure")
         hidden = self._embed[batch.token_ids] + self._place(batch.positions)
@@ -89,10 +95,79 @@ class TinyModel:
                 future = torch.arange(context) > batch.positions[rows, None]
                 scores = scores.masked_fill(future, -torch.inf)
                 out[rows] = torch.einsum("htc,cd->thd", scores.softmax(-1), v)
-            hidden = hidden + out.reshape(len(x), -1) @ weights["o"]
+            # The sine makes a chaos of it: every earlier token, however little attended to, has its say.
+            hidden = hidden + 3 * torch.sin(300 * out.reshape(len(x), -1) @ weights["o"])
         return (hidden[batch.logits_rows] @ self._head).float()
 
     def _place(self, positions: Tensor) -> Tensor:
         half = self.config.hidden_size // 2
         angles = positions[:, None] / 100.0 ** (torch.arange(half, dtype=torch.float64) / half)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def greedy_oracle(model: TinyModel, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    """Generate greedily without the engine: the whole sequence anew for each token, in blocks of its own."""
+    token_ids = list(prompt_ids)
+    for _ in range(num_tokens):
+        length = len(token_ids)
+        num_blocks = -(-length // BLOCK_SIZE)
+        batch = ForwardBatch(
+            token_ids=torch.tensor(token_ids),
+            positions=torch.arange(length),
+            slots=torch.arange(length),
+            query_start=torch.tensor([0, length], dtype=torch.int32),
+            context_lens=torch.tensor([length], dtype=torch.int32),
+            block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
+            logits_rows=torch.tensor([length - 1]),
+        )
+        token_ids.append(int(model.forward(batch, model.new_kv_cache(num_blocks)).argmax()))
+    return token_ids[len(prompt_ids) :]
+
+
+@dataclass
+class Outcome:
+    """All events of one request, sorted out; ``steps`` says after which step each token came."""
+
+    tokens: list[int] = field(default_factory=list)
+    outputs: list[TokenOutput] = field(default_factory=list)
+    prompt: PromptDone | None = None
+    finished: Finished | None = None
+    steps: list[int] = field(default_factory=list)
+
+    def add(self, event: Event, step: int = 0) -> None:
+        assert self.finished is None, f"{event} after {self.finished}"
+        match event:
+            case PromptDone():
+                assert self.prompt is None
+                self.prompt = event
+            case TokenOutput():
+                assert self.prompt is not None
+                self.tokens.append(event.token_id)
+                self.outputs.append(event)
+                self.steps.append(step)
+            case Finished():
+                self.finished = event
+
+
+def drive(
+    engine: Engine,
+    outcomes: dict[str, Outcome] | None = None,
+    *,
+    max_steps: int = 10_000,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> dict[str, Outcome]:
+    """Step until nothing is left, checking the engine's state after each step."""
+    outcomes = {} if outcomes is None else outcomes
+    for step in range(max_steps):
+        if not engine.has_work:
+            break
+        for request_id, event in engine.step():
+            outcomes.setdefault(request_id, Outcome()).add(event, step)
+        engine.check_integrity()
+        after_step(step)
+    else:
+        raise AssertionError(f"not done after {max_steps} steps")
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0), stats
+    assert all(outcome.finished for outcome in outcomes.values())
+    return outcomes

@@ -1,6 +1,6 @@
 """Continuous batching: many requests share each forward pass of one model.
 
-    engine = Engine(model, num_blocks=256)
+    engine = Engine(model, num_blocks=256, max_batch_tokens=512, max_num_seqs=16, max_waiting=64)
     engine.add("a", prompt_ids, SamplingParams(max_tokens=8))
     while engine.has_work:
         for request_id, event in engine.step(): ...
@@ -82,9 +82,9 @@ class Engine:
         model: Model,
         *,
         num_blocks: int,
-        max_batch_tokens: int = 512,
-        max_num_seqs: int = 16,
-        max_waiting: int = 256,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        max_waiting: int,
         prefix_caching: bool = True,
     ) -> None:
         self._model = model

@@ -28,6 +28,9 @@ MAX_SCORED_ROWS = 128
 MAX_OVERTAKES = 32
 """Younger requests that may pass one that waits for memory; then admission is closed until it fits."""
 
+MAX_CANDIDATES = 128
+"""Oldest waiting requests that are looked at in a step, so that a long queue costs no time."""
+
 PREFIX_PATIENCE = 16
 """Steps without progress of the awaited prefix after which a request computes it itself."""
 
@@ -72,9 +75,8 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget ``sequence``, waiting or running, and free its blocks."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._blocks.free(sequence.request_id)
+        if sequence.is_running:
+            self._dismiss(sequence)
         else:
             self.waiting.remove(sequence)
 
@@ -95,7 +97,7 @@ class Scheduler:
     def _schedule_decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
-            if not sequence.is_decoding or sequence not in self.running:
+            if not (sequence.is_running and sequence.is_decoding):
                 continue
             known = len(sequence.token_ids)
             while not self._blocks.grow(sequence.request_id, known):
@@ -108,18 +110,22 @@ class Scheduler:
         return chunks
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._blocks.free(sequence.request_id)
+        self._dismiss(sequence)
         sequence.num_computed = 0
         sequence.preempted = True
         sequence.chain.extend(sequence.token_ids)
         insort(self.waiting, sequence, key=_age)
         self.num_preemptions += 1
 
+    def _dismiss(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.free(sequence.request_id)
+        sequence.is_running = False
+
     def _schedule_prompts(self, budget: int, may_admit: bool) -> list[Chunk]:
         by_age = [sequence for sequence in self.running if not sequence.is_decoding]
         if may_admit and len(self.running) < self._max_num_seqs:
-            by_age = sorted(by_age + self.waiting, key=_age)
+            by_age = sorted(by_age + self.waiting[:MAX_CANDIDATES], key=_age)
         untried = iter(by_age)
         oldest = next((sequence for sequence in untried if self._holds_memory(sequence)), None)
         if oldest is None:
@@ -149,13 +155,13 @@ class Scheduler:
         if sequence.preempted:
             return 0, sequence.arrival
         in_memory = sequence.num_computed
-        if sequence in self.waiting:
+        if not sequence.is_running:
             in_memory = len(self._blocks.match(sequence.shareable)) * BLOCK_SIZE
         return len(sequence.token_ids) - in_memory, sequence.arrival
 
     def _holds_memory(self, sequence: Sequence) -> bool:
         """Return whether ``sequence`` is running, admitting it now if it waits and may."""
-        if sequence not in self.waiting:
+        if sequence.is_running:
             return True
         oldest = self.waiting[0]
         is_closed = sequence is not oldest and oldest.num_overtaken >= MAX_OVERTAKES
@@ -176,6 +182,7 @@ class Scheduler:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = cached
         sequence.preempted = False
+        sequence.is_running = True
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_age)
         return True
@@ -191,7 +198,7 @@ class Scheduler:
         if not self._blocks.prefix_caching or have == len(keys):
             return False
         if not any(
-            other.num_computed <= have * BLOCK_SIZE
+            other.num_computed < (have + 1) * BLOCK_SIZE
             and keys[have] in other.chain.keys[have : have + 1]
             for other in self.running
         ):

@@ -26,6 +26,7 @@ class Sequence:
         params: How to generate.
         sampler: Draws this request's tokens.
         chain: Keys of the full blocks of ``token_ids``.
+        is_running: Admitted, so it owns blocks; else it waits.
         num_computed: Tokens whose keys and values are in KV memory.
         cached_tokens: Prompt tokens found in KV memory at the first admission; ``None`` before.
         prompt_logprobs: One entry per scored prompt token, if asked for.
@@ -43,6 +44,7 @@ class Sequence:
     params: SamplingParams
     sampler: Sampler
     chain: PrefixChain
+    is_running: bool = False
     num_computed: int = 0
     cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
