@@ -12,17 +12,20 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── NotFoundError               404
     │   │   └── ModelNotFoundError      404 code model_not_found
     │   ├── RequestTooLargeError        413
+    │   ├── UnsupportedMediaTypeError   415
     │   └── OverloadedError             429 code rate_limit_exceeded
     ├── EngineError                     500: a step failed; the request is lost, the server lives
     │   └── EngineStoppedError          503: the engine is shutting down
     ├── ModelError                      a checkpoint that cannot be used
     │   ├── UnsupportedArchitectureError
     │   ├── UnsupportedQuantizationError
+    │   ├── UnsupportedTokenizerError
     │   └── DamagedCheckpointError
     ├── DownloadError                   weights that could not be fetched
     │   ├── SourceUnreachableError
     │   ├── ChecksumMismatchError
     │   └── DiskSpaceError
+    ├── UpstreamError                   502: another server that was asked does not answer, or refuses
     └── ConfigError                     a setting that cannot be honoured
 """
 
@@ -110,6 +113,12 @@ class RequestTooLargeError(RequestError):
     status = 413
 
 
+class UnsupportedMediaTypeError(RequestError):
+    """The request body is not JSON by its own account."""
+
+    status = 415
+
+
 class OverloadedError(RequestError):
     """The waiting queue is full; try again later."""
 
@@ -140,6 +149,10 @@ class UnsupportedQuantizationError(ModelError):
     """The checkpoint holds a quantisation that cannot be read."""
 
 
+class UnsupportedTokenizerError(ModelError):
+    """The checkpoint's tokenizer is of a kind that cannot be read."""
+
+
 class DamagedCheckpointError(ModelError):
     """A checkpoint file is truncated, inconsistent or lacks a tensor."""
 
@@ -158,6 +171,12 @@ class ChecksumMismatchError(DownloadError):
 
 class DiskSpaceError(DownloadError):
     """Not enough free disk space."""
+
+
+class UpstreamError(EverminiError):
+    """Another server that was asked does not answer, or refuses."""
+
+    status = 502
 
 
 class ConfigError(EverminiError):
