@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
-from evermini.config import load_settings
+from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
@@ -161,9 +161,9 @@ class LLM:
 
     Args:
         model: Tier, alias, or path of a GGUF file or safetensors folder; default the setting ``model``.
+        settings: Ready settings, taken as they are; default: from the environment and the settings file.
         progress: Told how a fetch of the weights goes: bytes done, bytes in total, where from.
-        **settings: Any setting of `evermini.config.Settings`, e.g. ``threads=4``. They win over ``EVERMINI_*``
-            variables and the settings file, which are read too.
+        **overrides: Settings by name, e.g. ``threads=4``; they win over the environment and the settings file.
 
     Attributes:
         is_closed: `close` was called.
@@ -179,18 +179,20 @@ class LLM:
         self,
         model: str | PathLike[str] | None = None,
         *,
+        settings: Settings | None = None,
         progress: Callable[[int, int, str], None] | None = None,
-        **settings: object,
+        **overrides: object,
     ) -> None:
-        name = None if model is None else fspath(model)
-        loaded = load_settings({"model": name, **settings}, flag_label=lambda n: f"argument {n}")
+        if settings is None:
+            settings = load_settings(overrides, flag_label=lambda name: f"argument {name}").settings
+        elif overrides:
+            raise TypeError("Give ready settings or single ones by name, not both.")
+        name = settings.models[0] if model is None else fspath(model)
         self.is_closed = False
         with ExitStack() as stack:
             # Closed in reverse: the engine first, so that nobody waits for an answer in a loop that is gone.
             self._portal = stack.enter_context(start_blocking_portal())
-            self._served = load_tier(
-                name or loaded.settings.models[0], loaded.settings, progress=progress
-            )
+            self._served = load_tier(name, settings, progress=progress)
             stack.callback(self._served.close)
             self._stack = stack.pop_all()
 

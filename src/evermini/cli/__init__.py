@@ -49,7 +49,7 @@ def _root(
             "--version", help="Print the version.", callback=_print_version, is_eager=True
         ),
     ] = False,
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     if debug:
         os.environ["EVERMINI_DEBUG"] = "1"

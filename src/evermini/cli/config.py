@@ -47,6 +47,8 @@ def config(
 
 
 def _as_text(value: Any) -> str:
+    if value is None:
+        return "-"
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -82,8 +82,8 @@ def _flag(name: str, kind: Any) -> inspect.Parameter:
         metavar = "|".join(choices) or item.metadata["metavar"]
     option = typer.Option(
         *filter(None, (flag, short)),
-        help=f"{item.metadata['help']} [env: {env_name(name)}]",
-        show_default=shown_default(item),
+        help=f"{item.metadata['help']} (default: {shown_default(item)}; env: {env_name(name)})",
+        show_default=False,
         metavar=metavar,
         rich_help_panel=item.metadata["group"],
         autocompletion=(lambda: list(choices)) if choices else None,

@@ -59,9 +59,7 @@ def pull(
     loaded: LoadedSettings,
     names: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[TIER]...", help="Tiers or aliases.", show_default="the default model"
-        ),
+        typer.Argument(metavar="TIER", help="Tiers or aliases.", show_default="the default model"),
     ] = None,
 ) -> None:
     """Fetch the weights of a tier, verify them, and print where they are.
@@ -123,7 +121,7 @@ def models(
 @with_settings("home")
 def rm(
     loaded: LoadedSettings,
-    names: Annotated[list[str], typer.Argument(metavar="TIER...", help="Tiers or aliases.")],
+    names: Annotated[list[str], typer.Argument(metavar="TIER", help="Tiers or aliases.")],
 ) -> None:
     """Delete the weights of a tier from the disk."""
     from rich.filesize import decimal

@@ -1,0 +1,151 @@
+"""``evermini ask``: one question about some files, answered in this process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from evermini.cli.options import MODEL_SETTINGS, with_settings
+from evermini.config import LoadedSettings
+from evermini.errors import InvalidRequestError
+
+
+@with_settings(*MODEL_SETTINGS)
+def ask(
+    loaded: LoadedSettings,
+    question: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to ask. Without it, piped input is the question.", show_default=False
+        ),
+    ] = None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="Text file to put into the prompt; may be repeated.",
+            metavar="FILE",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System message.", metavar="TEXT", show_default=False)
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0: the likeliest answer, the same each time. Up to 2.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+    ] = 1.0,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to answer with at most.", show_default="what fits")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End the answer before this text; may be repeated.", metavar="TEXT"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes drawing repeatable.", show_default="random")
+    ] = None,
+    presence_penalty: Annotated[
+        float, typer.Option(help="From -2 to 2: above 0, less of what was said at all.")
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="From -2 to 2: above 0, less of what was said often.")
+    ] = 0.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Print token counts and speed to stderr.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the text.")
+    ] = False,
+) -> None:
+    """Ask one question, about files and piped input if there are any.
+
+    \b
+    evermini ask "What is a monad?"
+    evermini ask -f main.py -f util.py "Where is the bug?"
+    git diff | evermini ask -v "Write a commit message."
+
+    Nothing is ever cut: what does not fit into the model's window is an error with the token counts.
+    """  # noqa: D301 (\b, a real backspace, keeps the examples' line breaks in --help)
+    piped = _piped_input()
+    if question is None:
+        if not piped:
+            raise typer.BadParameter("Give a question, or pipe one in.", param_hint="QUESTION")
+        question, piped = piped, ""
+    documents = [(str(path), _read_text(path)) for path in files or ()]
+    if piped:
+        documents.append(("standard input", piped))
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": build_prompt(documents, question)})
+    params = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_completion_tokens": max_tokens,
+        "stop": stop,
+        "seed": seed,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }
+    _answer(loaded, messages, params, as_json=as_json, verbose=verbose)
+
+
+def build_prompt(documents: list[tuple[str, str]], question: str) -> str:
+    """Return the documents, each between tags that name it, and the question after them."""
+    parts = [
+        f'<document name="{name}">\n{text.rstrip()}\n</document>\n' for name, text in documents
+    ]
+    return "\n".join([*parts, question])
+
+
+def _answer(
+    loaded: LoadedSettings,
+    messages: list[dict[str, str]],
+    params: dict[str, Any],
+    *,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    from evermini.cli.talk import as_json_object, open_llm, speed_line, warn_if_cut
+
+    with open_llm(loaded.settings) as llm:
+        with llm.chat(messages, stream=True, **params) as stream:
+            for delta in stream:
+                if not as_json:
+                    print(delta.text, end="", flush=True)
+        print(as_json_object(stream) if as_json else "")
+        warn_if_cut(stream.finish_reason, params["max_completion_tokens"])
+        if verbose:
+            print(speed_line(stream), file=sys.stderr)
+
+
+def _piped_input() -> str:
+    """Return what is piped in, or nothing if standard input is a terminal or closed."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    return _decode(sys.stdin.buffer.read(), "Standard input").strip("\n")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _decode(content: bytes, name: str) -> str:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{name} is not UTF-8 text (byte {error.start}). Give text files; convert others first."
+        ) from error
+    if "\0" in text:
+        raise InvalidRequestError(
+            f"{name} is a binary file. Give text files; convert others first."
+        )
+    return text

@@ -1,0 +1,74 @@
+"""``evermini serve``: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from evermini.cli.options import with_settings
+from evermini.config import LoadedSettings, Settings
+from evermini.errors import ConfigError
+
+if TYPE_CHECKING:
+    import socket
+
+
+@with_settings()
+def serve(loaded: LoadedSettings) -> None:
+    """Serve the OpenAI-compatible API until told to stop.
+
+    Weights that are not on disk yet are fetched first. Ctrl-C or SIGTERM stops it gracefully: no new requests, and
+    --drain-timeout seconds for the running ones; a second Ctrl-C stops it at once.
+    """
+    from contextlib import ExitStack
+
+    settings = loaded.settings
+    listener = _listen(settings)  # before the weights: a taken port is known at once
+    from evermini.cli.logs import configure_logging
+    from evermini.cli.pull import download_bar
+    from evermini.cli.server import run_server
+    from evermini.service.runtime import Runtime, load_tier
+
+    configure_logging(settings.log_level)
+    with listener, ExitStack() as stack:
+        models = []
+        for name in settings.models:
+            with download_bar(name) as progress:
+                models.append(load_tier(name, settings, progress=progress))
+            stack.callback(models[-1].close, timeout=0)
+        run_server(Runtime(models), settings, listener)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        ConfigError: The address cannot be used, or others could reach it and no key protects the server.
+    """
+    import ipaddress
+    import socket
+
+    host, port = settings.host, settings.port
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(
+            f"host = {host!r} is no address of this machine: {error.strerror}. Give an address such as 127.0.0.1.",
+            param="host",
+        ) from error
+    family, *_, address = min(found, key=lambda item: item[0] != socket.AF_INET)
+    is_local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+    if not is_local and not settings.api_keys and not settings.allow_unauthenticated:
+        raise ConfigError(
+            f"Not listening on {host}: other machines can reach that address, and without an API key anyone there "
+            "could use this server. Set EVERMINI_API_KEY, listen on 127.0.0.1, or, on a network where everyone may, "
+            "say --allow-unauthenticated.",
+            param="host",
+        )
+    try:
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {host} port {port}: {error.strerror}. Choose another port with --port (0 picks a free "
+            "one), or stop the program that uses it.",
+            param="port",
+        ) from error
