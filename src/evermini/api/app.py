@@ -1,0 +1,54 @@
+"""The HTTP application.
+
+    runtime = Runtime([load_tier("mini", settings)])
+    uvicorn.run(create_app(runtime, settings), host=settings.host, port=settings.port)
+
+The runtime belongs to the caller, who closes it after the server has ended.
+"""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from evermini import __version__
+from evermini.api import chat, completions, errors, models, monitoring
+from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
+from evermini.config import Settings
+from evermini.service.runtime import Runtime
+
+
+def create_app(runtime: Runtime, settings: Settings) -> FastAPI:
+    """Return the application that serves ``runtime``'s models.
+
+    Args:
+        runtime: The loaded models; not closed by the application.
+        settings: Keys, origins and the body limit.
+    """
+    middleware = [Middleware(RequestContext, metrics=runtime.metrics)]
+    if settings.cors_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["*"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
+            )
+        )
+    if settings.api_keys:
+        middleware.append(Middleware(Authentication, keys=settings.api_keys))
+    middleware.append(Middleware(BodyLimit, limit=settings.max_request_bytes))
+    app = FastAPI(
+        title="Evermini",
+        version=__version__,
+        middleware=middleware,
+        redirect_slashes=False,
+        openapi_url=None,  # the contract is OpenAI's; their description of it is the reference
+    )
+    app.state.runtime = runtime
+    for module in (chat, completions, models, monitoring):
+        app.include_router(module.router)
+    errors.install(app)
+    return app

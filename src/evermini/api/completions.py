@@ -1,0 +1,48 @@
+"""``POST /v1/completions``, the legacy endpoint that evaluation harnesses still score with."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from evermini.api import sse
+from evermini.api.body import read_request
+from evermini.api.errors import JsonResponse
+from evermini.service import completions, wire
+from evermini.service.runtime import Runtime
+from evermini.service.schemas import parse_completion
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    """Continue one or more prompts, at once or as a stream."""
+    runtime: Runtime = request.app.state.runtime
+    wanted = await read_request(request, parse_completion)
+    run = await completions.start(
+        runtime.resolve(wanted.model),
+        wanted,
+        metrics=runtime.metrics,
+        arrived=request.state.arrived,
+    )
+    if wanted.stream:
+        return sse.EventStream(_events(run), run.abort)
+    try:
+        choices = await sse.unless_disconnected(request, run.collect())
+    finally:
+        run.abort()
+    return JsonResponse(wire.text_completion(run, choices))
+
+
+async def _events(run: completions.CompletionRun) -> AsyncGenerator[bytes, None]:
+    async with aclosing(run.deltas()) as deltas:
+        async for delta in deltas:
+            yield sse.data(wire.text_chunk(run, delta))
+    if run.request.wants_usage_chunk:
+        yield sse.data(wire.text_usage_chunk(run))
+    yield sse.DONE

@@ -1,0 +1,110 @@
+"""Every failure in OpenAI's shape: ``{"error": {message, type, param, code}}``, all four keys, no internals."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from evermini.errors import (
+    AuthenticationError,
+    EngineError,
+    EngineStoppedError,
+    EverminiError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    RequestError,
+    RequestTooLargeError,
+)
+
+log = structlog.get_logger("evermini.api")
+
+RETRY_SECONDS = 1
+"""What ``retry-after`` says when the engine is full or restarting."""
+
+
+class JsonResponse(Response):
+    """JSON, serialised in compiled code: the event loop also streams everybody else's tokens."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """Return ``content`` as UTF-8 JSON."""
+        return to_json(content)
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """The route exists, but not for this method."""
+
+    status = 405
+    default_code = "method_not_supported"
+
+
+def public(error: Exception) -> EverminiError:
+    """Return what a client may know of ``error``; what it may not know is logged.
+
+    Engine failures carry the exception's text, and anything that is not an `EverminiError` is a bug of ours: clients
+    get a plain sentence and the request id to ask about.
+    """
+    if isinstance(error, RequestError | EngineStoppedError):
+        return error
+    if isinstance(error, EngineError):
+        log.error("engine_error", error=error.message)
+        return EngineError(
+            "The model failed while computing this request, so it was ended. Send it again; if that fails too, the "
+            "server's log tells the cause under this request's id."
+        )
+    # As text: renderers that show local variables would write prompts into the log, and take seconds over it.
+    log.error("unexpected_error", exception="".join(traceback.format_exception(error)))
+    return EverminiError(
+        "The server had an error while processing your request. Sorry about that! The server's log tells the cause "
+        "under this request's id."
+    )
+
+
+def error_response(error: Exception) -> JsonResponse:
+    """Return the response for any exception."""
+    shown = public(error)
+    headers = {}
+    if isinstance(shown, OverloadedError | EngineStoppedError):
+        headers["retry-after"] = str(RETRY_SECONDS)
+    elif isinstance(shown, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
+    elif isinstance(shown, RequestTooLargeError):
+        headers["connection"] = "close"  # the rest of the body is not read
+    return JsonResponse(shown.to_wire(), status_code=shown.status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of the routes in OpenAI's shape."""
+
+    async def on_error(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            response = error_response(
+                MethodNotAllowedError(
+                    f"Not allowed to {request.method} on {request.url.path}. (HINT: Perhaps you meant to use a "
+                    "different HTTP method?)"
+                )
+            )
+        elif error.status_code == 404:
+            response = error_response(
+                NotFoundError(f"Invalid URL ({request.method} {request.url.path})")
+            )
+        else:
+            response = error_response(error)
+        response.headers.update(error.headers or {})
+        return response
+
+    app.add_exception_handler(EverminiError, on_error)
+    app.add_exception_handler(HTTPException, on_http_error)

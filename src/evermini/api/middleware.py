@@ -1,0 +1,178 @@
+"""What surrounds every request, as plain ASGI so that streams and disconnects pass through untouched.
+
+RequestContext      request id, timing headers, access log, request counter, last resort for errors
+CORS                only if origins are configured
+Authentication      only if keys are configured
+BodyLimit           counts the body while it comes in
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from evermini.api.errors import error_response
+from evermini.errors import AuthenticationError, RequestTooLargeError
+from evermini.service.metrics import Metrics
+
+log = structlog.get_logger("evermini.api")
+
+OPENAI_VERSION = "2020-10-01"
+EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "openai-version", "retry-after")
+"""Headers that pages from an allowed origin may read."""
+
+DISCARD_SECONDS = 5.0
+"""How long the rest of a too large body is read and thrown away, so that its sender gets to read the answer."""
+
+
+class RequestContext:
+    """Outermost layer: identifies, times, counts and logs each request, and answers what nobody else answered."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request and account for it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        arrived = time.perf_counter()
+        request_id = f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["arrived"] = arrived
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(round(1000 * (time.perf_counter() - arrived)))
+                headers["openai-version"] = OPENAI_VERSION
+            await send(message)
+
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            if status:  # the head is out: all that is left is to cut the connection
+                raise
+            await error_response(error)(scope, receive, send_with_headers)
+        finally:
+            self._note(scope, status, arrived)
+            structlog.contextvars.unbind_contextvars("request_id")
+
+    def _note(self, scope: Scope, status: int, arrived: float) -> None:
+        # A route's pattern, not the path, or every misspelt URL would become a time series.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        shown = str(status or 499)  # 499: the client left before there was an answer
+        self._metrics.http_requests.labels(scope["method"], route, shown).inc()
+        client_id = Headers(scope=scope).get("x-client-request-id")
+        log.info(
+            "request",
+            method=scope["method"],
+            path=scope["path"],
+            status=int(shown),
+            ms=round(1000 * (time.perf_counter() - arrived)),
+            **({"client_request_id": client_id[:512]} if client_id else {}),
+        )
+
+
+class Authentication:
+    """Asks for a bearer token below ``/v1/``; health and metrics stay open for probes."""
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on if it has a key."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+            error = self._refusal(Headers(scope=scope).get("authorization", ""))
+            if error is not None:
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, header: str) -> AuthenticationError | None:
+        scheme, _, key = header.partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            return AuthenticationError(
+                "You didn't provide an API key. You need to provide your API key in an Authorization header using "
+                "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+            )
+        given = key.strip().encode()
+        # All keys are compared, each in constant time: how long a refusal takes tells nothing.
+        matches = [hmac.compare_digest(given, known) for known in self._keys]
+        if any(matches):
+            return None
+        return AuthenticationError(
+            "Incorrect API key provided. This server's operator hands out the keys (EVERMINI_API_KEY)."
+        )
+
+
+class BodyLimit:
+    """Refuses bodies beyond ``limit`` bytes, by Content-Length at once, without one when the limit is passed."""
+
+    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a counted body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if declared.isdigit() and int(declared) > self._limit:
+            await self._refuse(scope, receive, send)
+            return
+        num_bytes = 0
+        passed = False
+
+        async def counted() -> Message:
+            nonlocal num_bytes, passed
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._limit:
+                passed = True
+                raise _LimitPassed
+            return message
+
+        try:
+            await self._app(scope, counted, send)
+        except _LimitPassed:
+            await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = RequestTooLargeError(
+            f"The request body is larger than the {self._limit} bytes that this server reads. Send less, or ask its "
+            "operator to raise max_request_bytes."
+        )
+        if "expect" not in Headers(scope=scope):  # who expects 100-continue has not begun to send
+            await _discard(receive)
+        await error_response(error)(scope, receive, send)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what is left of a body: closing on unread data resets the connection, and with it the answer."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (await receive()).get("more_body"):
+                pass
+
+
+class _LimitPassed(Exception):
+    """The body passed the limit; no `EverminiError`, so that only `BodyLimit` handles it."""

@@ -1,0 +1,221 @@
+"""Runs the choices of one request on an engine and merges what they write into one stream.
+
+The one path behind chat and text completions, streamed or not. Free of HTTP; the caller only has to finish or close
+the iteration (`Generation.deltas`), which is what frees the engine's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from evermini.engine.request import (
+    Finished,
+    PromptDone,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
+from evermini.engine.worker import EngineWorker, Submission
+from evermini.errors import EngineError, EngineStoppedError, OverloadedError
+from evermini.service.decode import ChoiceDecoder, Piece, ScoredToken
+from evermini.service.metrics import RequestTimer
+from evermini.text.tokenizer import Tokenizer
+
+MAX_IN_FLIGHT = 64
+"""Choices of one request inside the engine at once; the others follow as these end."""
+
+FinishReason = Literal["stop", "length"]
+
+RETRY_SECONDS = 0.05
+"""Pause before a full engine is asked again by a request that it has already begun to serve."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice to generate: ``prompt`` is the number of its prompt."""
+
+    index: int
+    prompt: int
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What choice ``index`` gained; the last delta of a choice has its finish reason."""
+
+    index: int
+    text: str = ""
+    logprobs: tuple[ScoredToken, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request. Each prompt counts once, however many choices share it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+class Generation:
+    """The choices of one request in flight.
+
+    Args:
+        worker: The engine that runs them.
+        tokenizer: Decodes its tokens.
+        prompts: Token ids of each prompt.
+        candidates: What to generate, by ascending index.
+        stops: Stop strings.
+        timer: Told of every token and every end.
+    """
+
+    def __init__(
+        self,
+        worker: EngineWorker,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        candidates: Sequence[Candidate],
+        stops: Sequence[str],
+        timer: RequestTimer,
+    ) -> None:
+        self.prompts = prompts
+        self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
+        self._worker = worker
+        self._tokenizer = tokenizer
+        self._candidates = candidates
+        self._stops = stops
+        self._timer = timer
+        self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
+        self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._submissions: dict[int, Submission] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._open = {candidate.index for candidate in candidates}
+        self._num_generated = 0
+        self._num_cached: dict[int, int] = {}
+
+    def start(self) -> None:
+        """Admit the request: submit its first choice now, and see to the others.
+
+        Raises:
+            OverloadedError: The engine's queue is full.
+            ContextLengthError: The prompt and output cannot fit.
+            EngineStoppedError: The engine is stopped.
+        """
+        first = self._candidates[0]
+        self._submit(first)
+        self._tasks = [asyncio.create_task(self._run(candidate)) for candidate in self._candidates]
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Yield the choices' deltas as they come; leaving early ends the request in the engine.
+
+        Raises:
+            EngineError: The engine failed or stopped before the last choice ended.
+        """
+        try:
+            while self._open:
+                news = await self._news.get()
+                if isinstance(news, Exception):
+                    raise news
+                if news.finish_reason is not None:
+                    self._open.remove(news.index)
+                    self._timer.choice_ended(news.finish_reason)
+                yield news
+            self._timer.completed()
+        except EngineError:
+            self._end_open("error")
+            raise
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """End what still runs and free its memory; does nothing the second time."""
+        for task in self._tasks:
+            task.cancel()
+        for submission in self._submissions.values():
+            submission.abort()
+        self._submissions.clear()
+        self._end_open("abort")
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; final once the deltas are exhausted."""
+        return Usage(
+            prompt_tokens=sum(len(prompt) for prompt in self.prompts),
+            completion_tokens=self._num_generated,
+            cached_tokens=sum(self._num_cached.values()),
+        )
+
+    def _end_open(self, reason: str) -> None:
+        for _ in self._open:
+            self._timer.choice_ended(reason)
+        self._open.clear()
+
+    def _submit(self, candidate: Candidate) -> Submission:
+        prompt = self.prompts[candidate.prompt]
+        submission = self._worker.submit(prompt, candidate.params)
+        self._submissions[candidate.index] = submission
+        return submission
+
+    async def _run(self, candidate: Candidate) -> None:
+        """Bring one choice through the engine; whatever goes wrong reaches the reader of `deltas`."""
+        try:
+            async with self._places:
+                submission = self._submissions.get(candidate.index)
+                while submission is None:
+                    try:
+                        submission = self._submit(candidate)
+                    except OverloadedError:  # refusing is for new requests; this one is under way
+                        await asyncio.sleep(RETRY_SECONDS)
+                await self._read(candidate, submission)
+                self._submissions.pop(candidate.index, None)
+        except Exception as error:
+            self._news.put_nowait(error)
+
+    async def _read(self, candidate: Candidate, submission: Submission) -> None:
+        decoder = ChoiceDecoder(self._tokenizer, self._stops)
+        async for event in submission:
+            match event:
+                case TokenOutput():
+                    self._num_generated += 1
+                    self._timer.token(candidate.index)
+                    piece = decoder.push(event)
+                    if piece.stopped:
+                        submission.abort()  # tokens it may have run ahead are not the caller's
+                        self._tell(candidate.index, piece, "stop")
+                        return
+                    if piece.text or piece.logprobs:
+                        self._tell(candidate.index, piece, None)
+                case PromptDone():
+                    # The first choice to submit a prompt pays for it; the others find it in the cache.
+                    self._num_cached.setdefault(candidate.prompt, event.cached_tokens)
+                    if event.prompt_logprobs is not None:
+                        self.prompt_logprobs[candidate.prompt] = event.prompt_logprobs
+                case Finished(reason="stop" | "length" as reason):
+                    piece = decoder.finish()
+                    self._tell(candidate.index, piece, "stop" if piece.stopped else reason)
+                    return
+                case Finished(reason="error"):
+                    raise EngineError(event.message)
+                case Finished():
+                    raise EngineStoppedError(
+                        "The engine was stopped before this request was complete. Send it again."
+                    )
+
+    def _tell(self, index: int, piece: Piece, reason: FinishReason | None) -> None:
+        self._news.put_nowait(Delta(index, piece.text, piece.logprobs, reason))
+
+
+def seed_of_choice(seed: int | None, choice: int) -> int | None:
+    """Return the seed of a request's n-th choice: the request's own for the first, unrelated ones for the others.
+
+    ``seed + choice`` would make ``seed=1, n=2`` and ``seed=2, n=2`` share an answer.
+    """
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{choice}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)

@@ -1,0 +1,218 @@
+"""Models that are loaded and served, by the names they answer to.
+
+with Runtime([load_tier("mini", settings)]) as runtime:
+    served = runtime.resolve("gpt-4.1-mini")
+    run = await chat.start(served, request)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Self
+
+from evermini import __version__
+from evermini.config import Settings
+from evermini.engine.engine import Engine, EngineStats
+from evermini.engine.worker import EngineWorker
+from evermini.errors import ConfigError, ModelNotFoundError
+from evermini.models import catalogue, pull
+from evermini.models.batch import Model
+from evermini.models.checkpoint import Checkpoint, open_checkpoint
+from evermini.models.load import load_model
+from evermini.service.memory import kv_blocks
+from evermini.service.metrics import Metrics
+from evermini.text.chat import ChatTemplate
+from evermini.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+TIER_CREATED = 1_744_588_800
+"""2025-04-14, the snapshot that the tiers stand in for."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What clients may know of a model.
+
+    Attributes:
+        id: Its own name, which every response carries.
+        aliases: Other names it answers to.
+        created: Unix time.
+        context_window: Tokens of prompt and output together.
+        system_fingerprint: Changes whenever the same request may get other tokens.
+    """
+
+    id: str
+    aliases: tuple[str, ...]
+    created: int
+    context_window: int
+    system_fingerprint: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The id, then the aliases."""
+        return (self.id, *self.aliases)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model and all it takes to talk to it. Its owner closes it."""
+
+    info: ModelInfo
+    worker: EngineWorker
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop the engine; what still runs after ``timeout`` seconds is aborted."""
+        self.worker.stop(timeout)
+
+
+class Runtime:
+    """The models of one process. Closing it closes them.
+
+    Args:
+        models: At least one; the first is the default.
+
+    Raises:
+        ConfigError: There is no model, or two of them answer to one name.
+    """
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        if not models:
+            raise ConfigError("There is no model to serve. Name at least one.")
+        self.models = tuple(models)
+        self._by_name: dict[str, ServedModel] = {}
+        for served in models:
+            for name in served.info.names:
+                if name in self._by_name:
+                    raise ConfigError(
+                        f"Two models answer to the name {name}. Name each model once."
+                    )
+                self._by_name[name] = served
+        self.metrics = Metrics(self.engine_stats)
+
+    @property
+    def default(self) -> ServedModel:
+        """The model that was named first."""
+        return self.models[0]
+
+    @property
+    def names(self) -> Mapping[str, ServedModel]:
+        """Every name that is answered to."""
+        return self._by_name
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every engine takes requests."""
+        return all(served.worker.is_alive for served in self.models)
+
+    def resolve(self, name: str) -> ServedModel:
+        """Return the model that a request's ``model`` means.
+
+        Raises:
+            ModelNotFoundError: It is not served here; lists what is.
+        """
+        if served := self._by_name.get(name):
+            return served
+        raise ModelNotFoundError(
+            f"The model `{name[:200]}` does not exist or you do not have access to it. This server has: "
+            f"{', '.join(self._by_name)}.",
+            param="model",
+        )
+
+    def engine_stats(self) -> dict[str, EngineStats]:
+        """Return each engine's statistics by model id."""
+        return {served.info.id: served.worker.stats() for served in self.models}
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Stop every engine."""
+        for served in self.models:
+            served.close(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def load_tier(
+    name_or_path: str | PathLike[str],
+    settings: Settings,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> ServedModel:
+    """Fetch (if need be) and load a model, and start its engine.
+
+    Args:
+        name_or_path: Tier, alias or path of a checkpoint; ``mini=PATH`` serves the checkpoint at PATH under the names
+            of the tier mini.
+        settings: Device, precision, memory and limits.
+        progress: Told how a fetch of the weights goes, as in `evermini.models.pull.ensure`.
+
+    Raises:
+        ModelNotFoundError: Nothing has that name.
+        DownloadError: The weights could not be fetched.
+        ModelError: The checkpoint cannot be used.
+        ConfigError: The settings do not fit together or the machine.
+    """
+    name = fspath(name_or_path)
+    tier, _, path = name.partition("=")
+    entry = catalogue.find(tier) if path else catalogue.find(name)
+    source = path if path and entry else name
+    checkpoint = open_checkpoint(pull.ensure(source, home=settings.home, progress=progress))
+    tokenizer = Tokenizer(checkpoint.tokenizer)
+    template = ChatTemplate(tokenizer)
+    model = load_model(
+        checkpoint, device=settings.device, precision=settings.precision, threads=settings.threads
+    )
+    worker = start_worker(model, settings)
+    info = ModelInfo(
+        id=entry.aliases[-1] if entry else _name_of(checkpoint.path),
+        aliases=(*entry.aliases[:-1], entry.tier) if entry else (),
+        created=TIER_CREATED if entry else int(checkpoint.path.stat().st_mtime),
+        context_window=worker.max_model_len,
+        system_fingerprint=_fingerprint(checkpoint, settings),
+    )
+    return ServedModel(info, worker, tokenizer, template)
+
+
+def start_worker(model: Model, settings: Settings) -> EngineWorker:
+    """Return a running engine for ``model``, its KV memory sized by the settings.
+
+    Raises:
+        ConfigError: The limits contradict each other, or there is too little memory.
+    """
+    if settings.max_batch_tokens <= settings.max_num_seqs:
+        raise ConfigError(
+            f"max_batch_tokens ({settings.max_batch_tokens}) must be larger than max_num_seqs "
+            f"({settings.max_num_seqs}): each running request takes a token of every step. Raise the one or lower the "
+            "other.",
+            param="max_batch_tokens",
+        )
+    engine = Engine(
+        model,
+        num_blocks=kv_blocks(model, settings),
+        max_batch_tokens=settings.max_batch_tokens,
+        max_num_seqs=settings.max_num_seqs,
+        max_waiting=settings.max_waiting,
+    )
+    worker = EngineWorker(engine)
+    worker.start()
+    return worker
+
+
+def _name_of(path: Path) -> str:
+    return path.name.removesuffix(".gguf")
+
+
+def _fingerprint(checkpoint: Checkpoint, settings: Settings) -> str:
+    """Return OpenAI's ``fp_`` and ten hex digits, from all that decides which tokens come out."""
+    parts = (checkpoint.fingerprint, __version__, settings.precision, settings.device)
+    return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]

@@ -1,0 +1,385 @@
+"""The requests of the contract: exact field names, types and ranges.
+
+Fields of the contract that this server does not act on are listed in `CHAT_UNSUPPORTED` and refused with a 400 that
+names them, unless they hold a value that means "off" (``tools: null``, ``store: false``). Fields outside the contract
+are refused too: a misspelt ``temprature`` must not be ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from evermini.errors import InvalidRequestError, UnsupportedParameterError
+from evermini.service import validation
+
+MAX_OUTPUT_TOKENS = 32_768
+"""Tokens one request may generate (gpt-4.1-mini's published limit)."""
+
+CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "audio": (),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (),
+    "prediction": (),
+    "prompt_cache_options": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "store": (False,),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+"""Field → the values, besides null, that ask for nothing."""
+
+MESSAGE_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+PART_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"prompt_cache_breakpoint": ()}
+UNSUPPORTED_PARTS = frozenset({"image_url", "input_audio", "file"})
+UNSUPPORTED_ROLES = frozenset({"tool", "function"})
+COMPLETION_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"suffix": ("",)}
+
+
+def _wrong_type(expected: str) -> PydanticCustomError:
+    return PydanticCustomError("wrong_type", "wrong type", {"expected": expected})
+
+
+def _as_stops(value: object) -> object:
+    if value is None or isinstance(value, list):
+        return value
+    if isinstance(value, str):
+        return [value]
+    raise _wrong_type("a string or an array of strings")
+
+
+def _as_parts(value: object) -> object:
+    if value is None or isinstance(value, list):
+        return value
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    raise _wrong_type("a string or an array of objects")
+
+
+def _as_prompts(value: object) -> object:
+    """Return a list of prompts, each a string or a list of token ids; null stays null."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        if value and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(isinstance(item, list) and _are_ids(item) for item in value):
+            return value
+    raise _wrong_type(
+        "a string, an array of strings, an array of token ids or an array of such arrays"
+    )
+
+
+def _are_ids(items: list[object]) -> bool:
+    return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+Stops = Annotated[
+    list[Annotated[str, Field(min_length=1)]] | None,
+    Field(max_length=4),
+]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+
+
+class StreamOptions(_Wire):
+    """``stream_options``; obfuscation is never added, which both of its values allow."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SamplingRequest(_Wire):
+    """What chat and text completions have in common."""
+
+    model: str
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stop: Annotated[Stops, BeforeValidator(_as_stops)] = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+                param="stream_options",
+            )
+        return self
+
+    @property
+    def num_choices(self) -> int:
+        """``n``, 1 if not given."""
+        return self.n or 1
+
+    @property
+    def wants_usage_chunk(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def bias_by_id(self, vocab_size: int) -> dict[int, float]:
+        """Return ``logit_bias`` with integer keys.
+
+        Raises:
+            InvalidRequestError: A key is not a token id of the model.
+        """
+        biases = {}
+        for key, bias in (self.logit_bias or {}).items():
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+                raise InvalidRequestError(
+                    f"Invalid key in 'logit_bias': {key[:40]}. You may only use token ids, as strings, from 0 to "
+                    f"{vocab_size - 1}.",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
+            biases[int(key)] = bias
+        return biases
+
+
+class ContentPart(_Wire):
+    """A piece of text, or of an earlier refusal by the assistant."""
+
+    type: Literal["text", "refusal"]
+    text: str | None = None
+    refusal: str | None = None
+
+
+class Message(_Wire):
+    """One message of the conversation."""
+
+    role: Literal["developer", "system", "user", "assistant"]
+    content: Annotated[
+        Annotated[list[ContentPart], Field(min_length=1)] | None, BeforeValidator(_as_parts)
+    ] = None
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s<|\\/>]+$")] | None = (
+        None
+    )
+    refusal: str | None = None
+
+    def text(self) -> str:
+        """Return the message's text; an assistant's refusal is text it wrote."""
+        pieces = [part.text or part.refusal or "" for part in self.content or ()]
+        return "".join(pieces) + (self.refusal or "")
+
+    def check(self, path: str) -> None:
+        """Check what depends on the role.
+
+        Raises:
+            InvalidRequestError: Naming the field below ``path``.
+        """
+        if self.role != "assistant":
+            if self.content is None:
+                raise InvalidRequestError(
+                    f"Invalid value for '{path}.content': expected a string or an array of objects, but got null.",
+                    param=f"{path}.content",
+                    code="invalid_type",
+                )
+            if self.refusal is not None:
+                raise InvalidRequestError(
+                    f"Unknown parameter: '{path}.refusal'. Only an assistant's message has one.",
+                    param=f"{path}.refusal",
+                    code="unknown_parameter",
+                )
+        for number, part in enumerate(self.content or ()):
+            where = f"{path}.content[{number}]"
+            if part.type == "refusal" and self.role != "assistant":
+                raise InvalidRequestError(
+                    f"Invalid value: 'refusal'. Supported values for a message with role '{self.role}' are: 'text'.",
+                    param=f"{where}.type",
+                    code="invalid_value",
+                )
+            other = "refusal" if part.type == "text" else "text"
+            if getattr(part, part.type) is None:
+                raise InvalidRequestError(
+                    f"Missing required parameter: '{where}.{part.type}'.",
+                    param=f"{where}.{part.type}",
+                    code="missing_required_parameter",
+                )
+            if getattr(part, other) is not None:
+                raise InvalidRequestError(
+                    f"Unknown parameter: '{where}.{other}'.",
+                    param=f"{where}.{other}",
+                    code="unknown_parameter",
+                )
+
+
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+
+
+class ChatRequest(SamplingRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    safety_identifier: Annotated[str, Field(max_length=128)] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for number, message in enumerate(self.messages):
+            message.check(f"messages[{number}]")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError(
+                "Setting 'max_tokens' and 'max_completion_tokens' to different values is not supported. Use "
+                "'max_completion_tokens'; 'max_tokens' is deprecated.",
+                param="max_tokens",
+                code="invalid_value",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError(
+                "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.",
+                param="top_logprobs",
+            )
+        return self
+
+    @property
+    def max_output(self) -> int | None:
+        """The requested limit under either of its names."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_top_logprobs(self) -> int | None:
+        """``None``: no log-probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(SamplingRequest):
+    """``POST /v1/completions``."""
+
+    prompt: Annotated[
+        Annotated[list[str | list[int]], Field(min_length=1, max_length=2048)] | None,
+        BeforeValidator(_as_prompts),
+    ] = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_candidates < self.num_choices:
+            raise InvalidRequestError(
+                "You requested that the server return more choices than it will generate (HINT: 'best_of' must be "
+                "greater than or equal to 'n').",
+                param="best_of",
+            )
+        if self.stream and self.num_candidates > self.num_choices:
+            raise InvalidRequestError(
+                "Cannot stream results with 'best_of' greater than 'n': the best are known only at the end.",
+                param="best_of",
+            )
+        return self
+
+    @property
+    def num_candidates(self) -> int:
+        """Completions to generate per prompt, of which the best ``n`` are returned."""
+        return self.best_of or self.num_choices
+
+
+def parse_chat(body: object) -> ChatRequest:
+    """Validate the body of a chat completion.
+
+    Raises:
+        UnsupportedParameterError: A field that this server does not act on is set.
+        InvalidRequestError: Anything else is wrong.
+    """
+    if isinstance(body, dict):
+        body = _without_unsupported(body, CHAT_UNSUPPORTED, "")
+        if isinstance(body.get("messages"), list):
+            body["messages"] = [
+                _plain_message(message, f"messages[{number}]")
+                for number, message in enumerate(body["messages"])
+            ]
+    return validation.parse(ChatRequest, body)
+
+
+def parse_completion(body: object) -> CompletionRequest:
+    """Validate the body of a text completion.
+
+    Raises:
+        UnsupportedParameterError: ``suffix`` is set.
+        InvalidRequestError: Anything else is wrong.
+    """
+    if isinstance(body, dict):
+        body = _without_unsupported(body, COMPLETION_UNSUPPORTED, "")
+    return validation.parse(CompletionRequest, body)
+
+
+def _plain_message(message: object, path: str) -> object:
+    if not isinstance(message, dict):
+        return message
+    role = message.get("role")
+    if isinstance(role, str) and role in UNSUPPORTED_ROLES:
+        raise _unsupported(f"{path}.role", f"Messages with role '{role}' are")
+    message = _without_unsupported(message, MESSAGE_UNSUPPORTED, f"{path}.")
+    if isinstance(message.get("content"), list):
+        message["content"] = [
+            _plain_part(part, f"{path}.content[{number}]")
+            for number, part in enumerate(message["content"])
+        ]
+    return message
+
+
+def _plain_part(part: object, path: str) -> object:
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if isinstance(kind, str) and kind in UNSUPPORTED_PARTS:
+        raise _unsupported(f"{path}.type", f"Content parts of type '{kind}' are")
+    return _without_unsupported(part, PART_UNSUPPORTED, f"{path}.")
+
+
+def _without_unsupported(
+    body: dict[str, Any], table: Mapping[str, tuple[object, ...]], prefix: str
+) -> dict[str, Any]:
+    """Return a copy without the table's fields; all of them must be off."""
+    for name, off in table.items():
+        value = body.get(name)
+        # `==` alone would let 0 pass for False.
+        if value is not None and not any(value == v and type(value) is type(v) for v in off):
+            raise _unsupported(f"{prefix}{name}", f"The parameter '{prefix}{name}' is")
+    return {name: value for name, value in body.items() if name not in table}
+
+
+def _unsupported(param: str, what: str) -> UnsupportedParameterError:
+    return UnsupportedParameterError(
+        f"{what} not supported by this server. Leave it out. (Ignoring it would change the answer.)",
+        param=param,
+    )

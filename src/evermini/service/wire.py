@@ -1,0 +1,231 @@
+"""The contract's response objects, as plain dicts ready for JSON. Keys that are required are there even when null."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from evermini.engine.request import TokenLogprob
+from evermini.service.chat import ChatChoice, ChatRun
+from evermini.service.completions import CompletionRun, TextChoice, TextDelta, TextToken
+from evermini.service.decode import ScoredToken
+from evermini.service.generation import Delta, Usage
+from evermini.service.runtime import ModelInfo
+from evermini.text.tokenizer import Tokenizer
+
+Json = dict[str, Any]
+
+IMPOSSIBLE = -9999.0
+"""How the contract writes the log-probability of a token that cannot be drawn; JSON has no infinity."""
+
+
+def usage(used: Usage) -> Json:
+    """Return the ``usage`` object; every count is there, zeros included."""
+    return {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": 0,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def model(name: str, info: ModelInfo) -> Json:
+    """Return a model object under one of the model's names."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": "evermini",
+        "context_window": info.context_window,
+    }
+
+
+def chat_completion(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
+    """Return the whole answer."""
+    body = {
+        **_chat_head(run, "chat.completion"),
+        "choices": [
+            {
+                "index": choice.index,
+                "message": {
+                    "role": "assistant",
+                    "content": choice.text,
+                    "refusal": None,
+                    "annotations": [],
+                },
+                "logprobs": _chat_logprobs(run, choice.logprobs),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in choices
+        ],
+        "usage": usage(run.usage),
+    }
+    if run.request.metadata is not None:
+        body["metadata"] = run.request.metadata
+    return body
+
+
+def chat_role_chunk(run: ChatRun, index: int) -> Json:
+    """Return the chunk that opens a choice."""
+    return _chat_chunk(
+        run, index, {"role": "assistant", "content": "", "refusal": None}, None, None
+    )
+
+
+def chat_chunks(run: ChatRun, delta: Delta) -> list[Json]:
+    """Return what a delta is in a stream: text, then the end, each in a chunk of its own."""
+    chunks = []
+    if delta.text or delta.logprobs:
+        logprobs = _chat_logprobs(run, delta.logprobs)
+        chunks.append(_chat_chunk(run, delta.index, {"content": delta.text}, logprobs, None))
+    if delta.finish_reason is not None:
+        chunks.append(_chat_chunk(run, delta.index, {}, None, delta.finish_reason))
+    return chunks
+
+
+def chat_usage_chunk(run: ChatRun) -> Json:
+    """Return the chunk after the last choice, for ``include_usage``."""
+    return {**_chat_head(run, "chat.completion.chunk"), "choices": [], "usage": usage(run.usage)}
+
+
+def text_completion(run: CompletionRun, choices: Sequence[TextChoice]) -> Json:
+    """Return the whole completion."""
+    return {
+        **_text_head(run),
+        "choices": [
+            {
+                "text": choice.text,
+                "index": choice.index,
+                "logprobs": _text_logprobs(run, choice.tokens),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in choices
+        ],
+        "usage": usage(run.usage),
+    }
+
+
+def text_chunk(run: CompletionRun, delta: TextDelta) -> Json:
+    """Return a delta of a streamed completion."""
+    chunk = {
+        **_text_head(run),
+        "choices": [
+            {
+                "text": delta.text,
+                "index": delta.index,
+                "logprobs": _text_logprobs(run, [*delta.echoed, *delta.tokens]),
+                "finish_reason": delta.finish_reason,
+            }
+        ],
+    }
+    return {**chunk, "usage": None} if run.request.wants_usage_chunk else chunk
+
+
+def text_usage_chunk(run: CompletionRun) -> Json:
+    """Return the chunk after the last choice, for ``include_usage``."""
+    return {**_text_head(run), "choices": [], "usage": usage(run.usage)}
+
+
+def token_text(raw: bytes, prefix: str = "") -> str:
+    r"""Return a token as text; bytes that are no text by themselves are written ``\xe2\x82``, after ``prefix``."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return prefix + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _chat_head(run: ChatRun, kind: str) -> Json:
+    return {
+        "id": run.id,
+        "object": kind,
+        "created": run.created,
+        "model": run.served.info.id,
+        "service_tier": "default",
+        "system_fingerprint": run.served.info.system_fingerprint,
+    }
+
+
+def _chat_chunk(
+    run: ChatRun, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None
+) -> Json:
+    chunk = {
+        **_chat_head(run, "chat.completion.chunk"),
+        "choices": [
+            {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        ],
+    }
+    return {**chunk, "usage": None} if run.request.wants_usage_chunk else chunk
+
+
+def _chat_logprobs(run: ChatRun, tokens: Sequence[ScoredToken]) -> Json | None:
+    if not run.request.logprobs:
+        return None
+    tokenizer = run.served.tokenizer
+    return {
+        "content": [_chat_token(tokenizer, scored.logprob) for scored in tokens],
+        "refusal": None,
+    }
+
+
+def _chat_token(tokenizer: Tokenizer, scored: TokenLogprob) -> Json:
+    return {
+        **_chat_score(tokenizer, scored.token_id, scored.logprob),
+        "top_logprobs": [_chat_score(tokenizer, *best) for best in scored.top],
+    }
+
+
+def _chat_score(tokenizer: Tokenizer, token_id: int, logprob: float) -> Json:
+    raw = tokenizer.token_bytes(token_id)
+    return {"token": token_text(raw), "bytes": list(raw), "logprob": _finite(logprob)}
+
+
+def _text_head(run: CompletionRun) -> Json:
+    return {
+        "id": run.id,
+        "object": "text_completion",
+        "created": run.created,
+        "model": run.served.info.id,
+        "system_fingerprint": run.served.info.system_fingerprint,
+    }
+
+
+def _text_logprobs(run: CompletionRun, tokens: Sequence[TextToken]) -> Json | None:
+    if run.request.logprobs is None:
+        return None
+    tokenizer = run.served.tokenizer
+    return {
+        "tokens": [_legacy_text(tokenizer, token.token_id) for token in tokens],
+        "token_logprobs": [
+            None if token.logprob is None else _finite(token.logprob.logprob) for token in tokens
+        ],
+        "top_logprobs": [_legacy_top(tokenizer, token.logprob) for token in tokens]
+        if run.request.logprobs
+        else None,
+        "text_offset": [token.offset for token in tokens],
+    }
+
+
+def _legacy_top(tokenizer: Tokenizer, scored: TokenLogprob | None) -> Mapping[str, float] | None:
+    """Return the most likely tokens by text; the drawn one is always there, so there may be one more."""
+    if scored is None:
+        return None
+    top: dict[str, float] = {}
+    for token_id, logprob in (*scored.top, (scored.token_id, scored.logprob)):
+        # Different tokens can look the same; the likeliest stands for them.
+        top.setdefault(_legacy_text(tokenizer, token_id), _finite(logprob))
+    return top
+
+
+def _legacy_text(tokenizer: Tokenizer, token_id: int) -> str:
+    return token_text(tokenizer.token_bytes(token_id), prefix="bytes:")
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else IMPOSSIBLE

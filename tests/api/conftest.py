@@ -1,0 +1,61 @@
+"""A real server on a free loopback port with the real nano model.
+
+``EVERMINI_TEST_BASE_URL=http://host:port`` points the tests of `test_client.py` at a running server instead, e.g. from
+an environment that has only pytest and an older `openai`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+
+if TYPE_CHECKING:
+    from evermini.service.runtime import Runtime, ServedModel
+
+CLIENT_OPTIONS: dict[str, Any] = {"api_key": "unused", "max_retries": 0, "timeout": 60}
+
+
+@pytest.fixture(scope="session")
+def nano() -> Iterator[ServedModel]:
+    from evermini.config import load_settings
+    from evermini.service.runtime import load_tier
+
+    settings = load_settings({"model": "nano", "kv_memory": "512MiB"}).settings
+    served = load_tier("nano", settings)
+    yield served
+    served.close(timeout=1.0)
+
+
+@pytest.fixture(scope="session")
+def runtime(nano: ServedModel) -> Runtime:
+    from evermini.service.runtime import Runtime
+
+    return Runtime([nano])
+
+
+@pytest.fixture(scope="session")
+def base_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Root of the server that most tests share, without ``/v1``."""
+    if given := os.environ.get("EVERMINI_TEST_BASE_URL"):
+        yield given.rstrip("/")
+        return
+    from tests.serving import serving
+
+    with serving(request.getfixturevalue("runtime")) as url:
+        yield url
+
+
+@pytest.fixture
+def client(base_url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{base_url}/v1", **CLIENT_OPTIONS) as client:
+        yield client
+
+
+@pytest.fixture
+async def async_client(base_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", **CLIENT_OPTIONS) as client:
+        yield client

@@ -1,0 +1,78 @@
+"""Runs the application under uvicorn on a free loopback port, for tests that talk HTTP."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+
+from evermini.api.app import create_app
+from evermini.config import Settings
+from evermini.service.runtime import ModelInfo, Runtime, ServedModel, start_worker
+from tests.fakes import TinyModel, tiny_config
+
+HELLO = [{"role": "user", "content": "Hello!"}]
+CHAT = {"model": "gpt-4.1-nano", "messages": HELLO, "max_tokens": 2}
+ERROR_KEYS = {"message", "type", "param", "code"}
+
+
+@contextmanager
+def serving(runtime: Runtime, settings: Settings | None = None) -> Iterator[str]:
+    """Serve ``runtime`` and yield the server's root URL; the runtime stays open."""
+    app = create_app(runtime, settings or Settings())
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(
+            app, log_level="warning", ws="none", lifespan="off", timeout_graceful_shutdown=2
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        wait_for(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+def make_client(base_url: str, **options: Any) -> openai.OpenAI:
+    defaults = {"api_key": "unused", "max_retries": 0, "timeout": 60}
+    return openai.OpenAI(base_url=f"{base_url}/v1", **{**defaults, **options})
+
+
+def assert_error(response: httpx.Response, status: int) -> dict[str, Any]:
+    """Check what every failed request promises, and return the error object."""
+    assert response.status_code == status, response.text
+    assert response.headers["x-request-id"].startswith("req_")
+    assert response.headers["openai-version"] == "2020-10-01"
+    assert int(response.headers["openai-processing-ms"]) >= 0
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == ERROR_KEYS
+    return body["error"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.005)
+
+
+def tiny_served(like: ServedModel, model: TinyModel, settings: Settings) -> ServedModel:
+    """A served model with random weights and the tokenizer of ``like``, whose failures tests can plan."""
+    worker = start_worker(model, settings)
+    info = ModelInfo("tiny", (), 0, worker.max_model_len, "fp_tiny")
+    return ServedModel(info, worker, like.tokenizer, like.template)
+
+
+def tiny_model(like: ServedModel, max_position: int = 256) -> TinyModel:
+    return TinyModel(tiny_config(like.tokenizer.vocab_size, max_position))
