@@ -58,7 +58,7 @@ def _root(
 def main() -> None:
     """Run the command line; the one place where an error becomes a line and an exit code."""
     try:
-        app()
+        app(prog_name="evermini")
     except EverminiError as error:
         if os.environ.get("EVERMINI_DEBUG"):
             raise

@@ -166,7 +166,9 @@ def load_tier(
     tier, _, path = name.partition("=")
     entry = catalogue.find(tier) if path else catalogue.find(name)
     source = path if path and entry else name
-    checkpoint = open_checkpoint(pull.ensure(source, home=settings.home, progress=progress))
+    checkpoint = open_checkpoint(
+        pull.ensure(source, home=settings.home, progress=progress, weights_dir=settings.weights_dir)
+    )
     tokenizer = Tokenizer(checkpoint.tokenizer)
     template = ChatTemplate(tokenizer)
     model = load_model(

@@ -1,0 +1,133 @@
+"""``evermini ask``: what goes into the prompt, what comes out where, and every way to be wrong."""
+
+import json
+
+import pytest
+
+from evermini.cli.ask import build_prompt
+
+pytestmark = pytest.mark.usefixtures("loaded_nano")
+
+
+def test_answers_on_stdout_and_nothing_else(evermini):
+    result = evermini("ask", "What is the capital of France?")
+    assert (result.code, result.err) == (0, "")
+    assert "Paris" in result.out
+    assert result.out.endswith("\n")
+
+
+def test_reads_files_and_piped_input_in_order(evermini, llm, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("The dog is called Bello.\n")
+    (tmp_path / "b.txt").write_text("\ufeffThe cat is called Minka.\n", encoding="utf-8")
+    seen = []
+    real = llm.chat
+
+    def spy(messages, **params):
+        seen.append(messages)
+        return real(messages, **params)
+
+    monkeypatch.setattr(llm, "chat", spy)
+    result = evermini(
+        *("ask", "-f", "a.txt", "--file", "b.txt", "--system", "Be brief."),
+        *("--max-tokens", "3", "--json", "What is the dog called?"),
+        stdin="The bird is called Piep.\n",
+    )
+    assert result.code == 0, result.err
+    [messages] = seen
+    assert messages[0] == {"role": "system", "content": "Be brief."}
+    assert messages[1]["content"] == (
+        '<document name="a.txt">\nThe dog is called Bello.\n</document>\n\n'
+        '<document name="b.txt">\nThe cat is called Minka.\n</document>\n\n'
+        '<document name="standard input">\nThe bird is called Piep.\n</document>\n\n'
+        "What is the dog called?"
+    )
+
+
+def test_a_file_answers_the_question(evermini, tmp_path):
+    (tmp_path / "note.txt").write_text("The secret word is banana.")
+    result = evermini("ask", "-f", "note.txt", "--max-tokens", "20", "What is the secret word?")
+    assert "banana" in result.out
+
+
+def test_piped_input_alone_is_the_question(evermini):
+    assert "Paris" in evermini("ask", stdin="What is the capital of France?\n").out
+
+
+def test_a_question_alone_is_the_whole_prompt():
+    assert build_prompt([], "Why?") == "Why?"
+
+
+def test_verbose_prints_usage_and_speed_to_stderr(evermini):
+    result = evermini("ask", "-v", "--max-tokens", "4", "Count to ten.")
+    for part in ("prompt tokens", "4 written", "prefill", "first token", "decode"):
+        assert part in result.err
+    assert "prompt tokens" not in result.out
+    assert "(the answer ends early: after 4 tokens, as asked)" in result.err
+
+
+def test_json_is_one_object_with_usage_and_speed(evermini):
+    result = evermini("ask", "--json", "--max-tokens", "5", "Count to ten.")
+    answer = json.loads(result.out)
+    assert answer["model"] == "gpt-4.1-nano-2025-04-14"
+    assert answer["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 5
+    assert answer["usage"]["prompt_tokens"] > 5
+    assert answer["speed"]["decode_tokens_per_second"] > 0
+    assert answer["speed"]["first_token_seconds"] <= answer["speed"]["seconds"]
+
+
+def test_same_question_same_answer_and_seeds_repeat(evermini):
+    question = ("ask", "--max-tokens", "12", "Tell me a story.")
+    assert evermini(*question).out == evermini(*question).out
+    seeded = (*question, "--temperature", "1.5", "--seed")
+    assert evermini(*seeded, "1").out == evermini(*seeded, "1").out
+    assert evermini(*seeded, "1").out != evermini(*seeded, "2").out
+
+
+def test_stop_ends_before_the_text(evermini):
+    whole = evermini("ask", "--max-tokens", "30", "What is the capital of France?").out
+    cut = evermini(
+        "ask", "--max-tokens", "30", "--stop", "France", "What is the capital of France?"
+    ).out
+    assert cut.rstrip("\n") == whole.partition("France")[0]
+
+
+def test_what_does_not_fit_is_an_error_with_both_counts(evermini, tmp_path, llm):
+    (tmp_path / "long.txt").write_text("word " * 9000)
+    result = evermini("ask", "-f", "long.txt", "How many words?")
+    assert result.code == 1
+    assert result.out == ""
+    assert f"maximum context length is {llm.info.context_window} tokens" in result.err
+    assert "resulted in 90" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["ask"], 2, "Give a question"),
+        (["ask", "-f", "absent.txt", "Why?"], 1, "absent.txt cannot be read: No such file"),
+        (["ask", "-f", ".", "Why?"], 1, "cannot be read: Is a directory"),
+        (["ask", "-f", "picture.png", "Why?"], 1, "picture.png is not UTF-8 text (byte 0)"),
+        (["ask", "-f", "zeros.bin", "Why?"], 1, "zeros.bin is a binary file"),
+        (["ask", "--temperature", "3", "Why?"], 1, "temperature"),
+        (["ask", "--temperature", "warm", "Why?"], 2, "--temperature"),
+        (["ask", "--no-such-flag", "Why?"], 2, "--no-such-flag"),
+        (["ask", "--kv-memory", "lots", "Why?"], 2, "from flag --kv-memory"),
+    ],
+)
+def test_mistakes_end_with_a_line_and_a_code(evermini, tmp_path, arguments, code, message):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "zeros.bin").write_bytes(b"\0\0\0")
+    result = evermini(*arguments)
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+    assert "Traceback" not in result.err
+
+
+def test_ctrl_c_ends_with_130(evermini, llm, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm, "chat", interrupted)
+    assert evermini("ask", "Why?").code == 130

@@ -1,0 +1,143 @@
+"""The rest of the command line: version, help, config, doctor, and how errors end a command."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from evermini import __version__
+from evermini.cli import machine
+from evermini.cli.doctor import examine
+from evermini.config import Settings, flag_name, setting_fields
+
+COMMANDS = ("serve", "chat", "ask", "pull", "models", "rm", "doctor", "config")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    folder = tmp_path / "home"
+    folder.mkdir()
+    monkeypatch.setenv("EVERMINI_HOME", str(folder))
+    return folder
+
+
+def test_version(evermini):
+    assert evermini("--version").out == f"evermini {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(evermini, command):
+    assert command in evermini("--help").out
+    result = evermini(command, "-h")
+    assert result.code == 0
+    assert "Usage:" in result.out
+
+
+def test_serve_has_a_flag_for_every_setting(evermini, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    shown = evermini("serve", "--help").out
+    missing = [
+        name for name in setting_fields() if f"{flag_name(name)} " not in shown.replace("/", " ")
+    ]
+    assert missing == []
+
+
+def test_config_shows_values_and_origins_and_masks_secrets(evermini, home, monkeypatch, tmp_path):
+    (tmp_path / "evermini.toml").write_text('port = 1\nmax_waiting = 5\napi_key = "hunter2"\n')
+    monkeypatch.setenv("EVERMINI_PORT", "2")
+    report = json.loads(evermini("config", "--port", "3", "--json").out)
+    assert report["file"] == str(tmp_path / "evermini.toml")
+    assert report["settings"]["port"] == {"value": 3, "source": "flag --port"}
+    assert report["settings"]["home"] == {"value": str(home), "source": "environment EVERMINI_HOME"}
+    assert report["settings"]["max_waiting"]["value"] == 5
+    assert report["settings"]["threads"] == {"value": None, "source": "default"}
+    assert report["settings"].keys() == setting_fields().keys()
+    plain = evermini("config")
+    for text in (json.dumps(report), plain.out):
+        assert "hunter2" not in text
+        assert "********" in text
+    assert "environment EVERMINI_PORT" in plain.out
+
+
+def test_wrong_settings_end_with_2_and_failures_with_1(evermini, home, monkeypatch):
+    monkeypatch.setenv("EVERMINI_PROT", "1")
+    result = evermini("config")
+    assert (result.code, result.out) == (2, "")
+    assert (
+        result.err
+        == "Error: Unknown environment variable EVERMINI_PROT. Did you mean EVERMINI_PORT?\n"
+    )
+    monkeypatch.delenv("EVERMINI_PROT")
+    result = evermini("rm", "absent")
+    assert result.code == 1
+    assert result.err.startswith("Error: No tier 'absent'.")
+
+
+def test_debug_shows_the_traceback(home):
+    command = [sys.executable, "-m", "evermini", "--debug", "rm", "absent"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+    assert "ModelNotFoundError" in run.stderr
+
+
+def test_broken_pipes_are_quiet():
+    command = f"{sys.executable} -m evermini config --json | head -c 1"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("{", "")
+
+
+def test_doctor_tells_machine_and_tiers(evermini, home):
+    result = evermini("doctor", "--json")
+    report = json.loads(result.out)
+    assert result.code == 0, report["problems"]
+    assert report["cpu"]["usable_cores"] >= 1
+    assert 0 < report["memory"]["available"] <= report["memory"]["total"]
+    assert report["home"]["path"] == str(home)
+    assert [tier["tier"] for tier in report["tiers"]] == ["nano", "mini", "full"]
+    assert all(not tier["cached"] and tier["download"] > 0 for tier in report["tiers"])
+    plain = evermini("doctor").out
+    assert "SmolLM2-135M-Instruct: fetches 98.4 MB" in plain
+    assert report["cpu"]["name"] in plain
+
+
+def test_doctor_names_what_is_missing_and_the_remedy(evermini, home, monkeypatch):
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(10**9, 5 * 10**8))
+    result = evermini("doctor")
+    assert result.code == 1
+    assert "lacks 500.0 MB of memory" in result.out
+    assert "memory for the smallest tier" in result.out
+    report = examine(Settings(home=home, device="cuda:0"))
+    required = [problem["what"] for problem in report["problems"] if problem["required"]]
+    if not report["gpus"]:
+        assert "a GPU for device = cuda:0" in required
+
+
+def test_doctor_names_missing_packages(evermini, home, monkeypatch):
+    monkeypatch.setattr(
+        machine.importlib.metadata, "requires", lambda _: ["no-such-package>=1", "rich>=99"]
+    )
+    result = evermini("doctor")
+    assert result.code == 1
+    assert "no-such-package>=1 (not installed)" in result.out
+    assert "-m pip install 'rich>=99'" in result.out
+
+
+def test_memory_is_a_containers_limit_where_that_is_lower(tmp_path):
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    assert machine.memory(tmp_path) == machine.Memory(1_000_000, 600_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory(tmp_path).total > 1_000_000
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
+def test_cores_are_those_the_process_may_use():
+    code = (
+        "import os; os.sched_setaffinity(0, {0})\n"
+        "from evermini.cli import machine; print(machine.cpu().usable_cores)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "1\n"
