@@ -26,6 +26,7 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── ChecksumMismatchError
     │   └── DiskSpaceError
     ├── UpstreamError                   502: another server that was asked does not answer, or refuses
+    ├── RecallDiskError                 the index of a long context does not fit under its disk cap
     └── ConfigError                     a setting that cannot be honoured
 """
 
@@ -177,6 +178,10 @@ class UpstreamError(EverminiError):
     """Another server that was asked does not answer, or refuses."""
 
     status = 502
+
+
+class RecallDiskError(EverminiError):
+    """The index of a long context does not fit under the cap on its disk space."""
 
 
 class ConfigError(EverminiError):

@@ -25,7 +25,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("linear.c", "attention.c", "decoder.c")
+SOURCES = ("linear.c", "attention.c", "decoder.c", "recall.c")
 HEADERS = ("simd.h", "evermini.h")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 
@@ -80,10 +80,18 @@ class Workspace(ctypes.Structure):
     _fields_ = (("act", Activation), ("qkv", _P), ("attn", _P), ("gate_up", _P))
 
 
+class Run(ctypes.Structure):
+    """``Run`` of recall.c."""
+
+    _fields_ = (("keys", _P), ("scales", _P), ("num_keys", _I), ("first_block", _I))
+
+
 _Ptr = ctypes.POINTER
 _SIGNATURES = {
     "em_layer": (_Ptr(Shape), _Ptr(Layer), _Ptr(Batch), _Ptr(Workspace), _P, _P, _P),
+    "em_qkv": (_Ptr(Shape), _Ptr(Layer), _Ptr(Workspace), _P, _I),
     "em_logits": (_Ptr(Shape), _P, _Ptr(Linear), _Ptr(Workspace), _P, _I, _P),
+    "em_scan": (_Ptr(Run), _I, _I, _P, _P, _I, _P, _P),
     "em_linear": (_Ptr(Linear), _Ptr(Activation), _P, _I, _P),
 }
 

@@ -182,6 +182,24 @@ void em_layer(const Shape *s, const Layer *layer, const Batch *b, const Workspac
     }
 }
 
+/* Only the unrotated q, k, v of a layer, into ws->qkv: all that retrieval needs of the last layer it reads. */
+void em_qkv(const Shape *s, const Layer *layer, const Workspace *ws, const float *hidden, int64_t m) {
+    const int64_t d = s->head_dim, heads = s->num_heads + s->num_kv_heads;
+#pragma omp parallel
+    {
+        norm_quantize_team(hidden, layer->input_norm, m, s->hidden_size, s->rms_eps, &ws->act);
+        linear_team(&layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, 0);
+        if (layer->q_norm) {
+#pragma omp for schedule(static)
+            for (int64_t t = 0; t < m; t++)
+                for (int64_t h = 0; h < heads; h++) {
+                    float *x = ws->qkv + t * layer->qkv.n + h * d;
+                    rms_norm_row(x, h < s->num_heads ? layer->q_norm : layer->k_norm, d, s->rms_eps, x);
+                }
+        }
+    }
+}
+
 /* Final norm and output projection: logits (m, vocabulary). */
 void em_logits(const Shape *s, const float *norm, const Linear *head, const Workspace *ws, const float *hidden, int64_t m,
                float *logits) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
@@ -42,6 +43,21 @@ class ForwardBatch:
     def to(self, device: torch.device) -> ForwardBatch:
         """Return the batch on ``device``."""
         return ForwardBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def whole_prompt(token_ids: Tensor) -> ForwardBatch:
+    """Return the batch of one sequence from position 0, in blocks 0, 1, ..., with no logits wanted."""
+    length = token_ids.shape[0]
+    positions = torch.arange(length, device=token_ids.device)
+    return ForwardBatch(
+        token_ids=token_ids,
+        positions=positions,
+        slots=positions,
+        query_start=torch.tensor([0, length], dtype=torch.int32),
+        context_lens=torch.tensor([length], dtype=torch.int32),
+        block_tables=torch.arange(-(-length // BLOCK_SIZE), dtype=torch.int32)[None],
+        logits_rows=torch.empty(0, dtype=torch.int64),
+    )
 
 
 class KVCache:
@@ -98,4 +114,27 @@ class Model(Protocol):
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv`` and return logits (R, vocab_size) float32 on the CPU."""
+        ...
+
+
+QueriesKeys = tuple[Tensor, Tensor]
+"""Queries (T, num_heads, head_dim) and keys (T, num_kv_heads, head_dim) of one layer, before RoPE; float32, CPU."""
+
+
+class IndexModel(Protocol):
+    """What recall asks of a model; it needs no KV memory of the engine's and does not disturb it."""
+
+    config: ModelConfig
+
+    def index_pass(self, token_ids: Tensor, layers: Sequence[int]) -> list[QueriesKeys]:
+        """Run a whole prompt from position 0 through the first layers, with dense causal attention.
+
+        Args:
+            token_ids: (T,) int64, at most ``config.max_position``.
+            layers: Layers whose queries and keys are wanted. Nothing after the last one is computed, and of that one
+                only its projections.
+
+        Returns:
+            One pair for each of ``layers``, in their order.
+        """
         ...

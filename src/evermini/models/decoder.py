@@ -6,14 +6,14 @@ It is the float32 oracle, the CUDA path (bfloat16), and what int8 weights run on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache
+from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys, whole_prompt
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.models.quantize import quantize_activations, quantize_weight
@@ -184,11 +184,7 @@ class Decoder:
     def run_layer(self, index: int, hidden: Tensor, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Return ``hidden`` (T, hidden_size) after layer ``index``; its keys and values go to ``kv``."""
         config, layer = self.config, self.layers[index]
-        eps, kv_heads = config.rms_norm_eps, config.num_kv_heads
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, eps)).unflatten(-1, (-1, config.head_dim))
-        q, k, v = qkv.split([config.num_heads, kv_heads, kv_heads], 1)  # (T, heads, head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
+        q, k, v = self._project(index, hidden)
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         blocks, offsets = batch.slots // BLOCK_SIZE, batch.slots % BLOCK_SIZE
@@ -196,8 +192,34 @@ class Decoder:
         kv.v[index][blocks, :, offsets] = v
         attended = attention(q, kv.k[index], kv.v[index], batch)
         hidden = hidden + layer.o(attended.flatten(1))
-        gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, eps)).chunk(2, -1)
+        gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, config.rms_norm_eps)).chunk(2, -1)
         return hidden + layer.down(F.silu(gate) * up)
+
+    def _project(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return layer ``index``'s q, k, v before RoPE, each (T, heads, head_dim)."""
+        config, layer = self.config, self.layers[index]
+        eps, keys = config.rms_norm_eps, config.num_heads
+        values = keys + config.num_kv_heads
+        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, eps)).view(hidden.shape[0], -1, config.head_dim)
+        q, k, v = qkv[:, :keys], qkv[:, keys:values], qkv[:, values:]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
+        return q, k, v
+
+    @torch.inference_mode()
+    def index_pass(self, token_ids: Tensor, layers: Sequence[int]) -> list[QueriesKeys]:
+        """Run a whole prompt through the first layers; see `evermini.models.batch.IndexModel`."""
+        batch = whole_prompt(token_ids).to(self.device)
+        kv = self.new_kv_cache(-(-token_ids.shape[0] // BLOCK_SIZE))
+        hidden, last = F.embedding(batch.token_ids, self.embedding), max(layers)
+        wanted: dict[int, QueriesKeys] = {}
+        for index in range(last + 1):
+            if index in layers:
+                q, k, _ = self._project(index, hidden)
+                wanted[index] = (q.float().cpu(), k.float().cpu())
+            if index < last:
+                hidden = self.run_layer(index, hidden, batch, kv)
+        return [wanted[index] for index in layers]
 
 
 def attention(q: Tensor, k_blocks: Tensor, v_blocks: Tensor, batch: ForwardBatch) -> Tensor:

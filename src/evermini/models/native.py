@@ -7,12 +7,14 @@ into chunks, and whether its prefix came from the cache (reasons in kernels/line
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from evermini import kernels
-from evermini.models.batch import ForwardBatch, KVCache
+from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys, whole_prompt
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.models.decoder import load_layer
@@ -99,6 +101,7 @@ class NativeDecoder:
             config.rms_norm_eps, config.head_dim**-0.5, self._cos.data_ptr(), self._sin.data_ptr(),
         )  # fmt: skip
         self._workspace = _Workspace(config, 1)
+        self._index_workspace = _Workspace(config, 1)
 
     def _load_layer(self, checkpoint: Checkpoint, index: int, bits: int) -> kernels.Layer:
         p = load_layer(checkpoint, index)
@@ -134,6 +137,33 @@ class NativeDecoder:
             ctypes.byref(self._workspace_for(hidden.shape[0])), hidden.data_ptr(),
             kv.k[index].data_ptr(), kv.v[index].data_ptr(),
         )  # fmt: skip
+
+    @torch.inference_mode()
+    def index_pass(self, token_ids: Tensor, layers: Sequence[int]) -> list[QueriesKeys]:
+        """Run a whole prompt through the first layers; see `evermini.models.batch.IndexModel`."""
+        length, last = token_ids.shape[0], max(layers)
+        if self._index_workspace.rows < length:
+            self._index_workspace = _Workspace(self.config, length)
+        workspace, config = self._index_workspace, self.config
+        batch = whole_prompt(token_ids)
+        kv = KVCache(replace(config, num_layers=1), -(-length // BLOCK_SIZE), self.kv_dtype)
+        hidden = self.embedding[token_ids].float()
+        shape, pointers = ctypes.byref(self._shape), self._batch_struct(batch)
+        num_heads = config.num_heads
+        wanted: dict[int, QueriesKeys] = {}
+        for index in range(last + 1):
+            layer, room = ctypes.byref(self._layers[index]), ctypes.byref(workspace.struct)
+            if index == last:
+                self._library.em_qkv(shape, layer, room, hidden.data_ptr(), length)
+            else:
+                self._library.em_layer(
+                    shape, layer, ctypes.byref(pointers), room, hidden.data_ptr(),
+                    kv.k[0].data_ptr(), kv.v[0].data_ptr(),
+                )  # fmt: skip
+            if index in layers:
+                qkv = workspace.qkv[:length].view(length, -1, config.head_dim)
+                wanted[index] = (qkv[:, :num_heads].clone(), qkv[:, num_heads : num_heads + config.num_kv_heads].clone())
+        return [wanted[index] for index in layers]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         rows = hidden.shape[0]

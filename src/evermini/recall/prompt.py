@@ -1,0 +1,172 @@
+"""From spans to what the answering model reads: excerpts in document order, with every gap marked.
+
+    [README.md, lines 10-24 of 310]
+    ...
+    [left out: lines 25-310]
+
+Nothing is left out in silence: the marks say what is missing, and `Excerpts.left_out` lists spans that were chosen and
+did not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from evermini.recall.segment import Segment
+
+_REACH = 160
+"""Characters by which an excerpt grows, at either end, to begin and end with a line or sentence."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A passage chosen for a question.
+
+    Attributes:
+        segment: Which segment of the context, from 0.
+        name: The segment's name, such as a path.
+        tokens: Its range of the index model's tokens in the segment.
+        chars: Its range of characters in the text the segment was cut from.
+        lines: Its first and last line there, from 1.
+        score: The vote it got; comparable within one question.
+        round: The round that found it, from 1.
+    """
+
+    segment: int
+    name: str | None
+    tokens: tuple[int, int]
+    chars: tuple[int, int]
+    lines: tuple[int, int]
+    score: float
+    round: int
+
+
+@dataclass(frozen=True)
+class Excerpts:
+    """What is put in place of a long context.
+
+    Attributes:
+        text: The excerpts with their marks.
+        num_tokens: Its length in tokens of the answering model.
+        included: Spans that are in it, in document order.
+        left_out: Spans that were chosen but exceed the budget, the best first.
+        omitted_chars: Characters of the context that are not in ``text``.
+    """
+
+    text: str
+    num_tokens: int
+    included: tuple[Span, ...]
+    left_out: tuple[Span, ...]
+    omitted_chars: int
+
+
+def excerpts(
+    segments: Sequence[Segment],
+    spans: Sequence[Span],
+    count_tokens: Callable[[str], int],
+    max_tokens: int,
+) -> Excerpts:
+    """Write the best spans that fit, in document order.
+
+    Args:
+        segments: The context.
+        spans: What was selected from it.
+        count_tokens: Tokens of a text, for the model that will read it.
+        max_tokens: Budget for the result, marks included.
+    """
+    ranked = sorted(spans, key=lambda span: -span.score)
+    low, high = 0, len(ranked)
+    best = _write(segments, ())
+    best_tokens = count_tokens(best[0])
+    while low < high:  # the most spans that fit, best first
+        middle = (low + high + 1) // 2
+        candidate = _write(segments, ranked[:middle])
+        tokens = count_tokens(candidate[0])
+        if tokens <= max_tokens:
+            low, best, best_tokens = middle, candidate, tokens
+        else:
+            high = middle - 1
+    included = tuple(sorted(ranked[:low], key=lambda span: (span.segment, span.tokens)))
+    return Excerpts(best[0], best_tokens, included, tuple(ranked[low:]), best[1])
+
+
+def _write(segments: Sequence[Segment], spans: Sequence[Span]) -> tuple[str, int]:
+    """Return the text and how many characters of the context are not in it."""
+    parts: list[str] = []
+    omitted = 0
+    for group in _documents(segments):
+        total = segments[group[-1]].line_of(len(segments[group[-1]].text))
+        ranges = _ranges(segments, group, spans)
+        name = segments[group[0]].name
+        label = f"{name}, " if name else ""
+        at = 0
+        for first, start, end in ranges:
+            segment = segments[first]
+            before = sum(len(segments[i].text) for i in group if i < first) + start
+            if before > at:
+                omitted += before - at
+            lines = segment.line_of(start), segment.line_of(max(start, end - 1))
+            shown = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]}-{lines[1]}"
+            parts.append(f"[{label}{shown} of {total}]\n{segment.text[start:end].strip(chr(10))}\n")
+            at = before + end - start
+        length = sum(len(segments[i].text) for i in group)
+        omitted += length - at
+    head = "[Excerpts of a longer text, in its order. "
+    head += (
+        f"{omitted:,} characters between and around them are left out.]\n"
+        if parts
+        else "None was found relevant.]\n"
+    )
+    return head + "\n" + "\n".join(parts), omitted
+
+
+def _documents(segments: Sequence[Segment]) -> list[list[int]]:
+    """Group consecutive segments that were cut from one text."""
+    groups: list[list[int]] = []
+    for index, segment in enumerate(segments):
+        if segment.first_char and groups:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _ranges(
+    segments: Sequence[Segment], group: Sequence[int], spans: Sequence[Span]
+) -> list[tuple[int, int, int]]:
+    """Return (segment, start, end) in characters of the segment: grown to whole sentences, overlaps joined."""
+    found: list[tuple[int, int, int]] = []
+    for span in sorted(
+        (s for s in spans if s.segment in group), key=lambda s: (s.segment, s.tokens)
+    ):
+        segment = segments[span.segment]
+        offset = segment.first_char
+        start, end = _whole(segment.text, span.chars[0] - offset, span.chars[1] - offset)
+        if found and found[-1][0] == span.segment and start <= found[-1][2]:
+            found[-1] = (span.segment, found[-1][1], max(end, found[-1][2]))
+        else:
+            found.append((span.segment, start, end))
+    return found
+
+
+def _whole(text: str, start: int, end: int) -> tuple[int, int]:
+    """Grow a range to begin and end where a line or, failing that, a sentence or word does, if one is near."""
+    floor, ceiling = max(0, start - _REACH), min(len(text), end + _REACH)
+    for mark in ("\n", ". ", " "):
+        at = text.rfind(mark, floor, start)
+        if floor == 0 and at < 0:
+            start = 0
+            break
+        if at >= 0:
+            start = at + len(mark)
+            break
+    for mark in ("\n", ". ", " "):
+        at = text.find(mark, max(end - 1, 0), ceiling)
+        if ceiling == len(text) and at < 0:
+            end = ceiling
+            break
+        if at >= 0:
+            end = at + len(mark)
+            break
+    return start, end

@@ -1,0 +1,98 @@
+"""Exact softmax mass of queries over all keys of a context, block by block; never an N x N matrix.
+
+Keys are int8 rows with a scale, mean-centred per (layer, kv head). Taking a constant vector from every key changes no
+softmax (the same number leaves all of a query's scores), so centring costs nothing and makes the int8 steps smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evermini import kernels
+
+BLOCK = 32
+"""Keys per block: the resolution of selection, and of `kernels/recall.c`."""
+_LANES = 64
+
+
+@dataclass(frozen=True)
+class KeyRun:
+    """Keys of one (layer, kv head), consecutive tokens of one segment.
+
+    Attributes:
+        keys: (n, head_dim) int8, contiguous.
+        scales: (n,) float32, contiguous.
+        first_block: Where its blocks go; runs share no block.
+    """
+
+    keys: Tensor
+    scales: Tensor
+    first_block: int
+
+
+def quantize_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 rows and their scales (float32) of centred keys (..., head_dim)."""
+    scales = (keys.abs().amax(-1) / 127).clamp_min(1e-12)
+    return torch.round(keys / scales[..., None]).to(torch.int8), scales
+
+
+def block_mass(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> Tensor:
+    """Return each query's softmax mass in each block.
+
+    Args:
+        queries: (Q, head_dim) float32 of one (layer, kv head), before RoPE.
+        runs: The keys; together they fill blocks 0 to ``num_blocks``.
+        num_blocks: Blocks of the whole context.
+
+    Returns:
+        (num_blocks, Q) float32; each column sums to 1.
+    """
+    block_max, block_sum = _scan(queries, runs, num_blocks)
+    mass = block_max.sub_(block_max.amax(0)).exp_().mul_(block_sum)
+    return mass.div_(mass.sum(0))
+
+
+def _scan(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> tuple[Tensor, Tensor]:
+    q, scales = quantize_keys(queries)
+    scales = scales * queries.shape[1] ** -0.5
+    library = kernels.load()
+    if library is None or queries.shape[1] % 4:
+        return _scan_torch(q, scales, runs, num_blocks)
+    count, dim = q.shape
+    padded = -(-count // _LANES) * _LANES
+    q = torch.nn.functional.pad(q, (0, 0, 0, padded - count))
+    scales = torch.nn.functional.pad(scales, (0, padded - count))
+    packed = (q.to(torch.int16) + 128).to(torch.uint8)
+    packed = packed.view(padded // _LANES, _LANES, dim // 4, 4).transpose(1, 2).contiguous()
+    structs = (kernels.Run * len(runs))(
+        *(
+            kernels.Run(r.keys.data_ptr(), r.scales.data_ptr(), r.keys.shape[0], r.first_block)
+            for r in runs
+        )
+    )
+    block_max, block_sum = torch.empty(num_blocks, padded), torch.empty(num_blocks, padded)
+    library.em_scan(
+        structs, len(runs), dim, packed.data_ptr(), scales.data_ptr(), padded,
+        block_max.data_ptr(), block_sum.data_ptr(),
+    )  # fmt: skip
+    return block_max[:, :count], block_sum[:, :count]
+
+
+def _scan_torch(
+    q: Tensor, scales: Tensor, runs: Sequence[KeyRun], num_blocks: int
+) -> tuple[Tensor, Tensor]:
+    """The same on PyTorch operations: the oracle, and what runs without a compiler."""
+    block_max, block_sum = torch.empty(num_blocks, q.shape[0]), torch.empty(num_blocks, q.shape[0])
+    for run in runs:
+        scores = (run.keys.float() @ q.float().T) * scales * run.scales[:, None]  # (n, Q)
+        n = scores.shape[0]
+        scores = torch.nn.functional.pad(scores, (0, 0, 0, -n % BLOCK), value=float("-inf"))
+        blocks = scores.view(-1, BLOCK, scores.shape[1])
+        where = slice(run.first_block, run.first_block + blocks.shape[0])
+        block_max[where] = blocks.amax(1)
+        block_sum[where] = (blocks - block_max[where][:, None]).exp().sum(1)
+    return block_max, block_sum

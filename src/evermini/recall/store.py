@@ -1,0 +1,347 @@
+"""The index on disk: what recall keeps of each segment, content-addressed.
+
+    HOME/recall/<index fingerprint>/<segment digest>.tokens   written at once, atomically
+    HOME/recall/<index fingerprint>/<segment digest>.keys     append-only, one record per chunk, memory-mapped
+    HOME/recall/.locks/<fingerprint>-<digest>.lock            held by the one writer of a segment
+
+    .tokens   | magic, counts, crc32 of the rest | first characters | ids uint32 (n) | character starts uint32 (n + 1) |
+    .keys     | record of chunk 0 | record of chunk 1 | ...            all of one size but the last chunk's
+    record    | magic, chunk, tokens, crc32 (64 bytes) | pair 0: keys int8 (n, d), scales float32 (n) | pair 1: ... |
+
+Nothing says "complete": a segment is, when its last record is there in full. A record cut short by a kill is dropped
+and written again. Readers need no lock; a file that is evicted stays readable to those who have it open.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from evermini.errors import RecallDiskError
+from evermini.recall.calibration import Calibration
+from evermini.recall.scan import quantize_keys
+from evermini.recall.segment import Ids, Segment
+
+_TOKENS = struct.Struct("<8sQII")  # magic, tokens, bytes of preview, crc32
+_TOKENS_MAGIC = b"EVRTOK1\0"
+_RECORD = struct.Struct("<8sIII44x")  # magic, chunk, tokens, crc32
+_RECORD_MAGIC = b"EVRKEY1\0"
+_PREVIEW_CHARS = 120
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A damaged part of a segment: one chunk's record, or (``chunk`` is ``None``) its tokens."""
+
+    digest: str
+    chunk: int | None
+
+    def __str__(self) -> str:
+        part = "its tokens" if self.chunk is None else f"chunk {self.chunk}"
+        return f"segment {self.digest[:12]}: {part} damaged"
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """One segment on disk, as ``evermini contexts`` shows it."""
+
+    fingerprint: str
+    digest: str
+    num_tokens: int
+    num_bytes: int
+    last_used: float
+    preview: str
+
+
+class IndexedSegment:
+    """An open segment, to read and to append to.
+
+    Attributes:
+        ids: (n,) its tokens.
+        char_starts: (n + 1,) the character where each token begins; last, the text's length.
+    """
+
+    def __init__(self, calibration: Calibration, folder: Path, digest: str) -> None:
+        self.digest = digest
+        self._calibration = calibration
+        self._keys_path = folder / f"{digest}.keys"
+        self.ids, self.char_starts, _ = read_tokens(folder / f"{digest}.tokens")
+        self.num_chunks = calibration.windows.num_chunks(len(self.ids))
+        self._chunks: list[list[tuple[Tensor, Tensor]]] = []
+
+    def _record_bytes(self, num_tokens: int) -> int:
+        return _RECORD.size + num_tokens * len(self._calibration.pairs) * (
+            self._calibration.head_dim + 4
+        )
+
+    def _chunk_tokens(self, chunk: int) -> int:
+        start, end = self._calibration.windows.chunk_range(chunk, len(self.ids))
+        return end - start
+
+    def _offset(self, chunk: int) -> int:
+        return chunk * self._record_bytes(self._calibration.windows.chunk)
+
+    def _end(self, chunk: int) -> int:
+        return self._offset(chunk) + self._record_bytes(self._chunk_tokens(chunk))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes its keys take when complete."""
+        return self._end(self.num_chunks - 1) if self.num_chunks else 0
+
+    def chunks_done(self) -> int:
+        """Return the leading chunks whose records are there in full."""
+        size = self._keys_path.stat().st_size if self._keys_path.exists() else 0
+        if size >= self.num_bytes:
+            return self.num_chunks
+        return size // self._record_bytes(self._calibration.windows.chunk)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk is there."""
+        return self.chunks_done() == self.num_chunks
+
+    def write_chunk(self, chunk: int, keys: Tensor) -> None:
+        """Put one chunk's record on disk; a torn record after the last full one is overwritten.
+
+        Args:
+            chunk: At most `chunks_done`; an earlier one is replaced (repair).
+            keys: (num_pairs, n, head_dim) float32, as computed.
+        """
+        assert chunk <= self.chunks_done()
+        quantized, scales = quantize_keys(keys - self._calibration.mean_keys[:, None])
+        parts = [part for q, s in zip(quantized, scales, strict=True) for part in (q, s)]
+        body = b"".join(part.contiguous().numpy().tobytes() for part in parts)
+        header = _RECORD.pack(_RECORD_MAGIC, chunk, keys.shape[1], zlib.crc32(body))
+        descriptor = os.open(self._keys_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            replacing = chunk < self.chunks_done()
+            if not replacing:
+                os.ftruncate(descriptor, self._offset(chunk))
+            _write_all(descriptor, header + body, self._offset(chunk))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if not replacing:
+            self._chunks.clear()
+
+    def chunk_keys(self, chunk: int) -> list[tuple[Tensor, Tensor]]:
+        """Return each pair's keys (n, head_dim) int8 and scales (n,) float32, in memory-mapped pages."""
+        if not self._chunks:
+            self._chunks = self._map()
+        return self._chunks[chunk]
+
+    def _map(self) -> list[list[tuple[Tensor, Tensor]]]:
+        done, dim = self.chunks_done(), self._calibration.head_dim
+        if not done:
+            return []
+        # Copy-on-write only because PyTorch wants writable memory; nobody writes.
+        pages = torch.from_numpy(np.memmap(self._keys_path, dtype=np.int8, mode="c"))
+        chunks = []
+        for chunk in range(done):
+            at, n = self._offset(chunk) + _RECORD.size, self._chunk_tokens(chunk)
+            pairs = []
+            for _ in self._calibration.pairs:
+                middle, end = at + n * dim, at + n * (dim + 4)
+                pairs.append((pages[at:middle].view(n, dim), pages[middle:end].view(torch.float32)))
+                at = end
+            chunks.append(pairs)
+        return chunks
+
+    def damaged_chunks(self) -> list[int]:
+        """Read every record that is there and return those that are not what was written."""
+        bad: list[int] = []
+        if not (done := self.chunks_done()):
+            return bad
+        with self._keys_path.open("rb") as file:
+            for chunk in range(done):
+                record = file.read(self._record_bytes(self._chunk_tokens(chunk)))
+                magic, index, n, crc = _RECORD.unpack_from(record)
+                body = memoryview(record)[_RECORD.size :]
+                if (magic, index, n) != (
+                    _RECORD_MAGIC,
+                    chunk,
+                    self._chunk_tokens(chunk),
+                ) or zlib.crc32(body) != crc:
+                    bad.append(chunk)
+        return bad
+
+
+class SegmentStore:
+    """All segments indexed with one calibration, and the cap on what all calibrations' take together.
+
+    Args:
+        home: Evermini's home folder.
+        calibration: Which index.
+        max_bytes: Least recently used segments go when the disk space would exceed this; ``None`` for no cap.
+    """
+
+    def __init__(self, home: Path, calibration: Calibration, max_bytes: int | None = None) -> None:
+        self.root = home / "recall"
+        self.folder = self.root / calibration.fingerprint
+        self.calibration = calibration
+        self.max_bytes = max_bytes
+
+    def size_of(self, num_tokens: int) -> int:
+        """Return about how many bytes a segment of so many tokens takes, keys and tokens."""
+        calibration = self.calibration
+        chunks = calibration.windows.num_chunks(num_tokens)
+        keys = len(calibration.pairs) * (calibration.head_dim + 4)
+        return num_tokens * (keys + 8) + chunks * _RECORD.size + _TOKENS.size + 4 * _PREVIEW_CHARS
+
+    def touch(self, digest: str) -> None:
+        """Mark a segment used."""
+        with suppress(FileNotFoundError):
+            os.utime(self.folder / f"{digest}.tokens")
+
+    def open(self, digest: str) -> IndexedSegment | None:
+        """Return a segment whose tokens are there (its keys may be incomplete) and mark it used.
+
+        Damaged tokens count as absent.
+        """
+        path = self.folder / f"{digest}.tokens"
+        try:
+            segment = IndexedSegment(self.calibration, self.folder, digest)
+            os.utime(path)
+        except (FileNotFoundError, _DamagedTokensError):
+            return None
+        return segment
+
+    def create(self, segment: Segment, ids: Ids, char_starts: Ids) -> IndexedSegment:
+        """Write a segment's tokens; its keys follow with `IndexedSegment.write_chunk`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{segment.digest}.tokens"
+        preview = " ".join(segment.text[: 4 * _PREVIEW_CHARS].split())[:_PREVIEW_CHARS].encode()
+        body = preview + ids.tobytes() + char_starts.tobytes()
+        header = _TOKENS.pack(_TOKENS_MAGIC, len(ids), len(preview), zlib.crc32(body))
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            file.write(header + body)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        return IndexedSegment(self.calibration, self.folder, segment.digest)
+
+    @contextmanager
+    def writing(self, digest: str) -> Iterator[None]:
+        """Be the only writer of a segment, among threads and processes; waits."""
+        with self._lock(self.calibration.fingerprint, digest):
+            yield
+
+    def _lock(self, fingerprint: str, digest: str) -> FileLock:
+        folder = self.root / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{fingerprint}-{digest}.lock", thread_local=False)
+
+    def make_room(self, num_bytes: int, keep: Sequence[str] = ()) -> list[SegmentInfo]:
+        """Evict least recently used segments until ``num_bytes`` more fit under the cap.
+
+        Args:
+            num_bytes: What is about to be written.
+            keep: Segments of this index that are needed now.
+
+        Returns:
+            What was evicted.
+
+        Raises:
+            RecallDiskError: It cannot fit.
+        """
+        if self.max_bytes is None:
+            return []
+        present = self.list_all()
+        excess = sum(info.num_bytes for info in present) + num_bytes - self.max_bytes
+        evicted: list[SegmentInfo] = []
+        for info in sorted(present, key=lambda info: info.last_used):
+            if excess <= 0:
+                break
+            if info.fingerprint == self.calibration.fingerprint and info.digest in keep:
+                continue
+            if self.remove(info.fingerprint, info.digest):
+                evicted.append(info)
+                excess -= info.num_bytes
+        if excess > 0:
+            raise RecallDiskError(
+                f"The index of this context needs {excess:,} bytes more than the recall cap of {self.max_bytes:,} "
+                "bytes allows. Raise the cap, or send less text."
+            )
+        return evicted
+
+    def list_all(self) -> list[SegmentInfo]:
+        """Return every segment on disk, of all indexes, the most recently used first."""
+        found = []
+        for path in self.root.glob("*/*.tokens"):
+            try:
+                ids, _, preview = read_tokens(path)
+                keys, stat = path.with_suffix(".keys"), path.stat()
+                size = stat.st_size + (keys.stat().st_size if keys.exists() else 0)
+            except FileNotFoundError:
+                continue
+            except _DamagedTokensError:
+                ids, preview, size, stat = (
+                    np.empty(0, np.uint32),
+                    "(damaged)",
+                    path.stat().st_size,
+                    path.stat(),
+                )
+            found.append(
+                SegmentInfo(path.parent.name, path.stem, len(ids), size, stat.st_mtime, preview)
+            )
+        return sorted(found, key=lambda info: -info.last_used)
+
+    def remove(self, fingerprint: str, digest: str) -> bool:
+        """Delete a segment, unless someone is writing it."""
+        lock = self._lock(fingerprint, digest)
+        try:
+            with lock.acquire(blocking=False):
+                for suffix in ("tokens", "keys"):
+                    (self.root / fingerprint / f"{digest}.{suffix}").unlink(missing_ok=True)
+        except Timeout:
+            return False
+        return True
+
+    def verify(self) -> list[Damage]:
+        """Read everything of this index and return what is damaged."""
+        damage: list[Damage] = []
+        for path in sorted(self.folder.glob("*.tokens")):
+            try:
+                segment = IndexedSegment(self.calibration, self.folder, path.stem)
+            except _DamagedTokensError:
+                damage.append(Damage(path.stem, None))
+                continue
+            damage += [Damage(path.stem, chunk) for chunk in segment.damaged_chunks()]
+        return damage
+
+
+class _DamagedTokensError(Exception):
+    """A tokens file is not what was written."""
+
+
+def read_tokens(path: Path) -> tuple[Ids, Ids, str]:
+    """Return the ids, the character starts and the preview in a tokens file."""
+    data = path.read_bytes()
+    try:
+        magic, n, preview_bytes, crc = _TOKENS.unpack_from(data)
+    except struct.error:
+        raise _DamagedTokensError(str(path)) from None
+    body = memoryview(data)[_TOKENS.size :]
+    if magic != _TOKENS_MAGIC or len(body) != preview_bytes + 8 * n + 4 or zlib.crc32(body) != crc:
+        raise _DamagedTokensError(str(path))
+    numbers = np.frombuffer(data, np.uint32, 2 * n + 1, _TOKENS.size + preview_bytes)
+    return numbers[:n], numbers[n:], bytes(body[:preview_bytes]).decode()
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
