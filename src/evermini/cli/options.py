@@ -20,7 +20,7 @@ from evermini.config import (
     shown_default,
 )
 
-MODEL_SETTINGS = ("model", "home", "device", "precision", "threads", "kv_memory")
+MODEL_SETTINGS = ("model", "home", "weights_dir", "device", "precision", "threads", "kv_memory")
 """The settings that matter to a command that runs a model in its own process."""
 
 _SHORT = {"model": "-m"}
@@ -30,7 +30,8 @@ ConfigFlag = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="Settings file (TOML). Default: ./evermini.toml, else config.toml in the home folder.",
+        help="Settings file (TOML).",
+        show_default="./evermini.toml, else config.toml in the home folder",
         rich_help_panel="Settings",
     ),
 ]
