@@ -417,6 +417,21 @@ class TestCompletions:
         assert plain.logprobs.text_offset == scores.text_offset[-2:]
         assert plain.logprobs.tokens == scores.tokens[-2:]
 
+    def test_the_last_token_of_a_scored_answer_is_its_end(self, client: openai.OpenAI) -> None:
+        # Harnesses ask for one token, drop the last score and take the rest for the prompt's.
+        prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!"
+        end = {"2": 100}
+        plain = complete(client, prompt=prompt, max_tokens=1, logit_bias=end)
+        assert (plain.choices[0].text, plain.choices[0].finish_reason) == ("", "stop")
+        choice = complete(
+            client, prompt=prompt, max_tokens=1, logit_bias=end, echo=True, logprobs=1
+        ).choices[0]
+        assert choice.text == prompt
+        assert choice.finish_reason == "stop"
+        assert len(choice.logprobs.tokens) == plain.usage.prompt_tokens + 1
+        assert choice.logprobs.tokens[-1] == "<|im_end|>"
+        assert choice.logprobs.text_offset[-1] == len(prompt)
+
     def test_logprobs_zero_gives_only_the_drawn_token(self, client: openai.OpenAI) -> None:
         scores = complete(client, logprobs=0, max_tokens=2).choices[0].logprobs
         assert len(scores.token_logprobs) == 2

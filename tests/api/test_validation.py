@@ -210,6 +210,7 @@ def test_what_is_not_acted_on_is_refused_by_name(
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 3, "stream": True}, "best_of"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"prompt": ["x"] * 300, "n": 7}, "prompt"),
         ({"messages": []}, "messages"),
     ],
 )

@@ -30,6 +30,9 @@ OPENAI_VERSION = "2020-10-01"
 EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "openai-version", "retry-after")
 """Headers that pages from an allowed origin may read."""
 
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+"""Paths that are asked for every few seconds; they are logged for debugging only."""
+
 DISCARD_SECONDS = 5.0
 """How long the rest of a too large body is read and thrown away, so that its sender gets to read the answer."""
 
@@ -80,7 +83,8 @@ class RequestContext:
         shown = str(status or 499)  # 499: the client left before there was an answer
         self._metrics.http_requests.labels(scope["method"], route, shown).inc()
         client_id = Headers(scope=scope).get("x-client-request-id")
-        log.info(
+        write = log.debug if scope["path"] in PROBES else log.info
+        write(
             "request",
             method=scope["method"],
             path=scope["path"],

@@ -191,6 +191,8 @@ async def start(
     bias = request.bias_by_id(tokenizer.vocab_size)
     prompts = await asyncio.to_thread(_prompts, request, tokenizer)
     ranks = request.num_candidates > request.num_choices
+    # Scored answers list the token they end with, as harnesses expect that drop the last token to get the prompt's.
+    lists_end = request.logprobs is not None
     candidates: list[Candidate] = []
     for number, prompt in enumerate(prompts):
         limit = completion_limit(served.info.context_window, len(prompt.ids), request)
@@ -200,7 +202,7 @@ async def start(
                 max_tokens=limit,
                 logit_bias=bias,
                 seed=seed_of_choice(request.seed, choice),
-                stop_token_ids=tokenizer.eos_ids,
+                stop_token_ids=frozenset() if lists_end else tokenizer.eos_ids,
                 top_logprobs=0 if request.logprobs is None and ranks else request.logprobs,
                 prompt_logprobs=request.logprobs if request.echo else None,
             )
@@ -212,6 +214,7 @@ async def start(
         candidates,
         request.stop or [],
         timer,
+        end_ids=tokenizer.eos_ids if lists_end else frozenset(),
     )
     generation.start()
     return CompletionRun(served, request, prompts, generation)

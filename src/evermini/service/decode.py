@@ -58,17 +58,22 @@ class ChoiceDecoder:
             self._held.append(ScoredToken(start, output.logprob))
         return self._release(*self._match(text))
 
-    def finish(self) -> Piece:
-        """Release what was held back; the model ended by itself or by its token limit."""
+    def finish(self, end: TokenLogprob | None = None) -> Piece:
+        """Release what was held back, for the model has ended.
+
+        Args:
+            end: The token it ended with, to be listed after the others; it has no text.
+        """
         text, stopped = self._match(self._detokenizer.finish())
-        if not stopped:
-            text += self._stops.finish()
-        piece = self._release(text, stopped)
         if stopped:
-            return piece
+            return self._release(text, stopped=True)
+        text += self._stops.finish()
+        if end is not None:
+            self._held.append(ScoredToken(self._num_decoded, end))
+        released = self._release(text, stopped=False).logprobs
         rest = tuple(self._held)  # tokens without text at the very end
         self._held.clear()
-        return Piece(piece.text, piece.logprobs + rest, stopped=False)
+        return Piece(text, released + rest, stopped=False)
 
     def _match(self, text: str) -> tuple[str, bool]:
         self._num_decoded += len(text)

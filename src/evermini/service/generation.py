@@ -72,6 +72,8 @@ class Generation:
         candidates: What to generate, by ascending index.
         stops: Stop strings.
         timer: Told of every token and every end.
+        end_ids: Tokens that end a choice and are listed among its log-probabilities; the parameters' own
+            ``stop_token_ids`` end it unseen.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Generation:
         candidates: Sequence[Candidate],
         stops: Sequence[str],
         timer: RequestTimer,
+        *,
+        end_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.prompts = prompts
         self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
@@ -90,6 +94,7 @@ class Generation:
         self._candidates = candidates
         self._stops = stops
         self._timer = timer
+        self._end_ids = end_ids
         self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._submissions: dict[int, Submission] = {}
@@ -180,6 +185,10 @@ class Generation:
         decoder = ChoiceDecoder(self._tokenizer, self._stops)
         async for event in submission:
             match event:
+                case TokenOutput(token_id=token_id) if token_id in self._end_ids:
+                    submission.abort()
+                    self._tell(candidate.index, decoder.finish(event.logprob), "stop")
+                    return
                 case TokenOutput():
                     self._num_generated += 1
                     self._timer.token(candidate.index)

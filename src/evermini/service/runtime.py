@@ -162,10 +162,7 @@ def load_tier(
         ModelError: The checkpoint cannot be used.
         ConfigError: The settings do not fit together or the machine.
     """
-    name = fspath(name_or_path)
-    tier, _, path = name.partition("=")
-    entry = catalogue.find(tier) if path else catalogue.find(name)
-    source = path if path and entry else name
+    entry, source = what_to_serve(fspath(name_or_path))
     checkpoint = open_checkpoint(
         pull.ensure(source, home=settings.home, progress=progress, weights_dir=settings.weights_dir)
     )
@@ -183,6 +180,18 @@ def load_tier(
         system_fingerprint=_fingerprint(checkpoint, settings),
     )
     return ServedModel(info, worker, tokenizer, template)
+
+
+def what_to_serve(name: str) -> tuple[catalogue.CatalogueEntry | None, str]:
+    """Return whose names a model is served under, and what it is loaded from.
+
+    ``mini`` is the tier with its own weights, ``PATH`` a checkpoint under its own name, ``mini=PATH`` a checkpoint
+    under the names of the tier.
+    """
+    tier, _, path = name.partition("=")
+    if path and (entry := catalogue.find(tier)):
+        return entry, path
+    return catalogue.find(name), name
 
 
 def start_worker(model: Model, settings: Settings) -> EngineWorker:

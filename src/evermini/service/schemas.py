@@ -19,6 +19,9 @@ from evermini.service import validation
 MAX_OUTPUT_TOKENS = 32_768
 """Tokens one request may generate (gpt-4.1-mini's published limit)."""
 
+MAX_CANDIDATES = 2048
+"""Completions that one request may ask for, over all its prompts."""
+
 CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "function_call": ("none",),
@@ -284,7 +287,7 @@ class CompletionRequest(SamplingRequest):
     """``POST /v1/completions``."""
 
     prompt: Annotated[
-        Annotated[list[str | list[int]], Field(min_length=1, max_length=2048)] | None,
+        Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_CANDIDATES)] | None,
         BeforeValidator(_as_prompts),
     ] = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -299,6 +302,13 @@ class CompletionRequest(SamplingRequest):
                 "You requested that the server return more choices than it will generate (HINT: 'best_of' must be "
                 "greater than or equal to 'n').",
                 param="best_of",
+            )
+        if len(self.prompt or ()) * self.num_candidates > MAX_CANDIDATES:
+            raise InvalidRequestError(
+                f"Too many completions: {len(self.prompt or ())} prompts with {self.num_candidates} each. One request "
+                f"may ask for {MAX_CANDIDATES}; split it.",
+                param="prompt",
+                code="invalid_value",
             )
         if self.stream and self.num_candidates > self.num_choices:
             raise InvalidRequestError(

@@ -1,0 +1,112 @@
+"""Names, memory and limits of served models; nothing here needs weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evermini.config import Settings
+from evermini.engine.engine import Engine
+from evermini.engine.worker import EngineWorker
+from evermini.errors import ConfigError, ModelNotFoundError
+from evermini.models.batch import KVCache
+from evermini.service import memory
+from evermini.service.runtime import (
+    ModelInfo,
+    Runtime,
+    ServedModel,
+    start_worker,
+    what_to_serve,
+)
+from tests.fakes import TinyModel, tiny_config
+
+BLOCK_BYTES = KVCache.bytes_per_block(tiny_config(), TinyModel().new_kv_cache(1).dtype)
+WINDOW_BLOCKS = 8192 // 32
+
+
+def served(model_id: str, *aliases: str) -> ServedModel:
+    engine = Engine(TinyModel(), num_blocks=4, max_batch_tokens=64, max_num_seqs=2, max_waiting=2)
+    worker = EngineWorker(engine)
+    nothing: Any = None
+    return ServedModel(ModelInfo(model_id, aliases, 0, 128, "fp_0"), worker, nothing, nothing)
+
+
+class TestNames:
+    def test_every_name_resolves(self) -> None:
+        big, small = served("big-1", "big"), served("org/small")
+        runtime = Runtime([big, small])
+        assert runtime.resolve("big-1") is runtime.resolve("big") is runtime.default is big
+        assert runtime.resolve("org/small") is small
+        with pytest.raises(
+            ModelNotFoundError, match=r"`huge` does not exist.*big-1, big, org/small"
+        ):
+            runtime.resolve("huge")
+
+    def test_a_name_belongs_to_one_model(self) -> None:
+        with pytest.raises(ConfigError, match="answer to the name x"):
+            Runtime([served("a", "x"), served("x")])
+        with pytest.raises(ConfigError, match="no model"):
+            Runtime([])
+
+    def test_what_a_name_loads(self) -> None:
+        entry, source = what_to_serve("gpt-4.1-mini")
+        assert entry is not None
+        assert (entry.tier, source) == ("mini", "gpt-4.1-mini")
+        assert what_to_serve("/models/x.gguf") == (None, "/models/x.gguf")
+        assert what_to_serve("mini=/models/x.gguf") == (entry, "/models/x.gguf")
+        assert what_to_serve("/odd=path/x.gguf") == (None, "/odd=path/x.gguf")
+
+    def test_closing_stops_the_engines(self) -> None:
+        model = served("a")
+        model.worker.start()
+        with Runtime([model]) as runtime:
+            assert runtime.is_ready
+            assert runtime.engine_stats()["a"].running == 0
+        assert not runtime.is_ready
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    state = SimpleNamespace(available=0)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: state)
+    return state
+
+
+class TestMemory:
+    def blocks(self, **settings: Any) -> int:
+        return memory.kv_blocks(TinyModel(), Settings(**settings))
+
+    def test_auto_takes_a_share(self, free: SimpleNamespace) -> None:
+        free.available = 8 * WINDOW_BLOCKS * BLOCK_BYTES
+        assert self.blocks() == 2 * WINDOW_BLOCKS
+
+    def test_auto_fits_one_window_if_it_can(self, free: SimpleNamespace) -> None:
+        free.available = 2 * WINDOW_BLOCKS * BLOCK_BYTES
+        assert self.blocks() == WINDOW_BLOCKS
+
+    def test_auto_never_takes_almost_everything(
+        self, free: SimpleNamespace, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        free.available = WINDOW_BLOCKS * BLOCK_BYTES
+        assert self.blocks() == int(0.8 * WINDOW_BLOCKS)
+        assert "less than the model's window" in caplog.text
+
+    def test_auto_takes_no_more_than_the_sequences_can_use(self, free: SimpleNamespace) -> None:
+        free.available = 10**15
+        assert self.blocks(max_num_seqs=2) == 2 * WINDOW_BLOCKS
+
+    def test_a_given_size(self, free: SimpleNamespace) -> None:
+        free.available = 10**9
+        assert self.blocks(kv_memory=40 * BLOCK_BYTES + 1) == 40
+        with pytest.raises(ConfigError, match="are free"):
+            self.blocks(kv_memory=2 * 10**9)
+        with pytest.raises(ConfigError, match="fewer than 512 tokens"):
+            self.blocks(kv_memory=BLOCK_BYTES)
+
+    def test_limits_that_contradict_each_other(self, free: SimpleNamespace) -> None:
+        free.available = 10**9
+        with pytest.raises(ConfigError, match="max_batch_tokens"):
+            start_worker(TinyModel(), Settings(max_batch_tokens=64, max_num_seqs=64))
