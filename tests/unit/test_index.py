@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,15 @@ def test_the_next_index_is_asked_and_each_failure_is_named(server: FakeMirror) -
 def test_page_that_is_no_index_is_an_error(server: FakeMirror) -> None:
     server.replies["/simple/my-data/"] = Reply(b"{}", {"Content-Type": "application/json"})
     with pytest.raises(SourceUnreachableError, match="not a page of the simple repository API"):
+        find(PipSettings((f"{server.url}/simple",)), "1.0")
+
+
+def test_index_cannot_name_a_file_outside_the_folder(server: FakeMirror) -> None:
+    files = [{"filename": "my_data-1.0-1/../../../evil-py3-none-any.whl", "url": "/evil"}]
+    server.replies["/simple/my-data/"] = Reply(
+        json.dumps({"files": files}).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(SourceUnreachableError, match=r"no wheel of version 1\.0"):
         find(PipSettings((f"{server.url}/simple",)), "1.0")
 
 

@@ -186,6 +186,8 @@ def _parse_html(base: str, text: str) -> list[IndexFile]:
 
 
 def _is_release(filename: str, package: str, version: str, kind: str) -> bool:
+    if "/" in filename or "\\" in filename:  # an index must not choose the folder a file goes to
+        return False
     try:
         if kind == "wheel":
             name, found = parse_wheel_filename(filename)[:2]
