@@ -1,9 +1,9 @@
 """Native CPU kernels: plain C, compiled once for this machine's CPU, loaded with ctypes.
 
-The sources beside this file are compiled on first use with the system's C compiler (``$CC``, ``cc``, ``gcc`` or ``clang``)
-into ``EVERMINI_HOME/kernels``; the file's name carries a hash of sources, flags, compiler and CPU, so a home directory
-shared between machines is safe. Without a compiler, `load` returns ``None`` and `unavailable_reason` says why: the same
-integer arithmetic then runs on PyTorch operations, several times slower.
+The sources beside this file are compiled on first use with the system's C compiler (``$CC``, ``cc``, ``gcc`` or
+``clang``) into ``EVERMINI_HOME/kernels``; the file's name carries a hash of sources, flags, compiler and CPU, so a home
+directory shared between machines is safe. Without a compiler, `load` returns ``None`` and `unavailable_reason` says
+why: the same integer arithmetic then runs on PyTorch operations, several times slower.
 
 ``EVERMINI_KERNELS=0`` switches them off.
 """
@@ -130,7 +130,9 @@ def load() -> ctypes.CDLL | None:
 
 def _build() -> Path:
     """Return the path of the compiled library, compiling it if it is not there yet."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None)
+    compiler = next(
+        filter(None, map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))), None
+    )
     if compiler is None:
         raise FileNotFoundError("no C compiler found ($CC, cc, gcc, clang)")
     folder = Path(__file__).parent
@@ -145,7 +147,14 @@ def _build() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         output = Path(temporary) / target.name
-        command = [compiler, *FLAGS, *(str(folder / name) for name in SOURCES), "-o", str(output), "-lm"]
+        command = [
+            compiler,
+            *FLAGS,
+            *(str(folder / name) for name in SOURCES),
+            "-o",
+            str(output),
+            "-lm",
+        ]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
         if result.returncode:
             raise OSError(f"{compiler} failed: {result.stderr.strip()[-2000:]}")
@@ -167,5 +176,9 @@ def _cpu() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
-    lines = [line for line in text.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))]
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("model name", "flags", "Features", "CPU part"))
+    ]
     return "\n".join(sorted(set(lines)))

@@ -56,32 +56,40 @@ INLINE void values_tile(int rows, int columns, const float *p, const float *v, i
     case 6: CALL(6); break; case 5: CALL(5); break; case 4: CALL(4); break; \
     case 3: CALL(3); break; case 2: CALL(2); break; default: CALL(1); }
 
+/* The next tile of what is left: at most 6 rows, evenly divided (7 is 4 + 3). */
+INLINE int64_t tile_size(int64_t rows) {
+    const int64_t tiles = (rows + 5) / 6;
+    return (rows + tiles - 1) / tiles;
+}
+
 static void all_scores(int64_t rows, const float *q, const float *k, int64_t d, float *scores) {
-    for (int64_t r = 0; r < rows; r += 6) {
+    for (int64_t r = 0, n; r < rows; r += n) {
+        n = tile_size(rows - r);
 #define CALL(n) scores_tile(n, q + r * d, k, d, scores + r * STEP)
-        BY_ROWS(min64(rows - r, 6), CALL)
+        BY_ROWS(n, CALL)
 #undef CALL
     }
 }
 
 static void all_values(int64_t rows, const float *p, const float *v, int64_t keys, int64_t d, float *out) {
-    for (int64_t r = 0; r < rows; r += 6) {
+    for (int64_t r = 0, n; r < rows; r += n) {
         int64_t c = 0;
+        n = tile_size(rows - r);
         for (; c + 64 <= d; c += 64) {
 #define CALL(n) values_tile(n, 4, p + r * STEP, v + c, keys, d, out + r * d + c)
-            BY_ROWS(min64(rows - r, 6), CALL)
+            BY_ROWS(n, CALL)
 #undef CALL
         }
         for (; c < d; c += 16) {
 #define CALL(n) values_tile(n, 1, p + r * STEP, v + c, keys, d, out + r * d + c)
-            BY_ROWS(min64(rows - r, 6), CALL)
+            BY_ROWS(n, CALL)
 #undef CALL
         }
     }
 }
 
-/* One row's softmax step over STEP scores: probabilities in place, running max and sum updated, out rescaled. */
-INLINE void softmax_step(float *scores, int64_t visible, float *max, float *sum, float *out, int64_t d) {
+/* One row's softmax step over STEP scores: probabilities in place, running max and 16 partial sums updated, out rescaled. */
+INLINE void softmax_step(float *scores, int64_t visible, float *max, float *lane_sums, float *out, int64_t d) {
     f32x16 s[4];
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     UNROLL for (int c = 0; c < 4; c++) s[c] = loadf(scores + c * 16);
@@ -94,34 +102,46 @@ INLINE void softmax_step(float *scores, int64_t visible, float *max, float *sum,
         s[c] = exp_nonpositive(s[c] - m);
         storef(scores + c * 16, s[c]);
     }
-    float add = reduce_add((s[0] + s[1]) + (s[2] + s[3]));
+    f32x16 sums = loadf(lane_sums);
     if (m > *max) {
-        float keep = exp_nonpositive(splatf(*max - m))[0];
-        *sum = *sum * keep;
+        const float keep = exp_nonpositive(splatf(*max - m))[0];
+        sums *= keep;
         for (int64_t c = 0; c < d; c += 16) storef(out + c, loadf(out + c) * keep);
         *max = m;
     }
-    *sum += add;
+    storef(lane_sums, sums + ((s[0] + s[1]) + (s[2] + s[3])));
 }
 
 /* rows of queries against keys [k0, k1) of one sequence and head. out, max, sum are overwritten. */
 static void attend_split(const Shape *s, const int32_t *blocks, int64_t head, const uint16_t *keys,
                          const uint16_t *values, int64_t rows, const float *q, const int64_t *row_pos,
-                         int64_t k0, int64_t k1, float *kbuf, float *vbuf, float *scores, float *out,
-                         float *max, float *sum) {
+                         int64_t k0, int64_t k1, float *kbuf, float *vbuf, float *scores, float *lane_sums,
+                         float *out, float *max, float *sum) {
     const int64_t d = s->head_dim, block_size = d * BLOCK;
-    for (int64_t r = 0; r < rows; r++) { max[r] = MASKED; sum[r] = 0; }
+    for (int64_t r = 0; r < rows; r++) max[r] = MASKED;
+    memset(lane_sums, 0, rows * 16 * sizeof(float));
     memset(out, 0, rows * d * sizeof(float));
     for (int64_t base = k0; base < k1; base += STEP) {
         const int64_t num = min64(k1 - base, STEP);
         for (int64_t half = 0; half < 2; half++) {
             float *kdst = kbuf + half * BLOCK, *vdst = vbuf + half * block_size;
             if (half * BLOCK >= num) { /* past the end: zeros, masked below */
-                for (int64_t i = 0; i < d; i++) { storef(kdst + i * STEP, splatf(0)); storef(kdst + i * STEP + 16, splatf(0)); }
+                for (int64_t i = 0; i < d; i++) {
+                    storef(kdst + i * STEP, splatf(0));
+                    storef(kdst + i * STEP + 16, splatf(0));
+                }
                 continue;
             }
-            const int64_t block = blocks[base / BLOCK + half] * s->num_kv_heads + head;
-            const uint16_t *k = keys + block * block_size, *v = values + block * block_size;
+            const int32_t *block = blocks + base / BLOCK + half;
+            const int64_t here = (*block * s->num_kv_heads + head) * block_size;
+            /* Blocks lie anywhere: fetch the ones of the next step while this one is computed. */
+            const int64_t ahead = base + STEP + half * BLOCK < k1 ? block[2] : *block;
+            const int64_t next = (ahead * s->num_kv_heads + head) * block_size;
+            for (int64_t i = 0; i < block_size; i += 32) {
+                __builtin_prefetch(keys + next + i);
+                __builtin_prefetch(values + next + i);
+            }
+            const uint16_t *k = keys + here, *v = values + here;
             for (int64_t i = 0; i < d; i++) {
                 storef(kdst + i * STEP, half_to_float(k + i * BLOCK));
                 storef(kdst + i * STEP + 16, half_to_float(k + i * BLOCK + 16));
@@ -131,9 +151,10 @@ static void attend_split(const Shape *s, const int32_t *blocks, int64_t head, co
         }
         all_scores(rows, q, kbuf, d, scores);
         for (int64_t r = 0; r < rows; r++)
-            softmax_step(scores + r * STEP, min64(row_pos[r] + 1 - base, num), &max[r], &sum[r], out + r * d, d);
+            softmax_step(scores + r * STEP, min64(row_pos[r] + 1 - base, num), &max[r], lane_sums + r * 16, out + r * d, d);
         all_values(rows, scores, vbuf, num, d, out);
     }
+    for (int64_t r = 0; r < rows; r++) sum[r] = reduce_add(loadf(lane_sums + r * 16));
 }
 
 /* Add one split's result of a row to the row's total. */
@@ -179,26 +200,26 @@ static void write_rows(const Shape *s, const Batch *b, const Task *t, int64_t ro
 static void run_task(const Shape *s, const Batch *b, const Task *t, const float *qkv, const uint16_t *k,
                      const uint16_t *v, float *attn, float *partial) {
     const int64_t d = s->head_dim, group = s->num_heads / s->num_kv_heads, rows = (t->q1 - t->q0) * group;
-    float *mem = thread_scratch(SCRATCH_ATTENTION, (rows * (3 * d + STEP + 4) + 2 * STEP * d) * 4 + rows * 8 + 1024);
-    float *q = mem, *out = q + rows * d, *part = out + rows * d, *scores = part + rows * d;
-    float *kbuf = scores + rows * STEP, *vbuf = kbuf + STEP * d, *max = vbuf + STEP * d, *sum = max + rows;
-    float *part_max = sum + rows, *part_sum = part_max + rows;
-    int64_t *row_pos = (int64_t *)(part_sum + rows + (rows & 1)); /* mem is aligned; rows * (..) floats before are even */
-    row_pos = (int64_t *)(((uintptr_t)row_pos + 7) & ~(uintptr_t)7);
+    float *mem = thread_scratch(SCRATCH_ATTENTION, rows * 8 + (rows * (3 * d + STEP + 16 + 4) + 2 * STEP * d) * 4);
+    int64_t *row_pos = (int64_t *)mem;
+    float *q = mem + 2 * rows, *out = q + rows * d, *part = out + rows * d, *scores = part + rows * d;
+    float *kbuf = scores + rows * STEP, *vbuf = kbuf + STEP * d, *lane_sums = vbuf + STEP * d;
+    float *max = lane_sums + rows * 16, *sum = max + rows, *part_max = sum + rows, *part_sum = part_max + rows;
     const int32_t *blocks = b->block_tables + t->seq * b->max_blocks;
     gather_queries(s, b, t, qkv, q, row_pos);
     const int64_t limit = row_pos[rows - 1] + 1;
     if (t->split >= 0) {
         float *dst = partial + t->partial;
         attend_split(s, blocks, t->head, k, v, rows, q, row_pos, (int64_t)t->split * SPLIT,
-                     min64(limit, (t->split + 1) * (int64_t)SPLIT), kbuf, vbuf, scores, dst + 2 * rows, dst, dst + rows);
+                     min64(limit, (t->split + 1) * (int64_t)SPLIT), kbuf, vbuf, scores, lane_sums, dst + 2 * rows, dst,
+                     dst + rows);
         return;
     }
     for (int64_t r = 0; r < rows; r++) { max[r] = MASKED; sum[r] = 0; }
     memset(out, 0, rows * d * sizeof(float));
     for (int64_t k0 = 0; k0 < limit; k0 += SPLIT) {
         attend_split(s, blocks, t->head, k, v, rows, q, row_pos, k0, min64(limit, k0 + SPLIT), kbuf, vbuf, scores,
-                     part, part_max, part_sum);
+                     lane_sums, part, part_max, part_sum);
         for (int64_t r = 0; r < rows; r++) merge(out + r * d, &max[r], &sum[r], part + r * d, part_max[r], part_sum[r], d);
     }
     write_rows(s, b, t, rows, out, sum, attn);
@@ -215,7 +236,7 @@ static void combine(const Shape *s, const Batch *b, const Task *first, float *at
     for (int64_t i = 0; i < splits; i++) {
         const float *src = partial + first[i].partial;
         for (int64_t r = 0; r < rows; r++)
-            merge(out + r * d, &max[r], &sum[r], src + (2 + 0) * rows + r * d, src[r], src[rows + r], d);
+            merge(out + r * d, &max[r], &sum[r], src + 2 * rows + r * d, src[r], src[rows + r], d);
     }
     write_rows(s, b, first, rows, out, sum, attn);
 }

@@ -63,24 +63,18 @@ static void quantize_row(float *x, int64_t k, const Activation *out, int64_t row
     hadamard_row(x, k);
     f32x16 peak = splatf(0);
     for (int64_t i = 0; i < k_padded; i += 16) {
-        f32x16 v = loadf(x + i);
-        peak = maxf(peak, maxf(v, -v));
+        peak = maxf(peak, absf(loadf(x + i)));
     }
     const float absmax = reduce_max(peak), inverse = absmax > 0 ? 127.0f / absmax : 0;
     int8_t *q = out->q + row * k_padded;
     int32_t *sums = out->group_sums + row * (groups + 1), total = 0;
     out->scale[row] = absmax / 127.0f;
-    typedef int8_t i8x16 __attribute__((vector_size(16)));
     for (int64_t g = 0; g < groups; g++) {
-        i32x16 a = round_to_int(loadf(x + g * 32) * inverse), b = round_to_int(loadf(x + g * 32 + 16) * inverse);
-        i8x16 a8 = __builtin_convertvector(a, i8x16), b8 = __builtin_convertvector(b, i8x16);
-        memcpy(q + g * 32, &a8, 16);
-        memcpy(q + g * 32 + 16, &b8, 16);
-        int32_t lanes[16], sum = 0;
-        storei(lanes, a + b);
-        for (int i = 0; i < 16; i++) sum += lanes[i];
-        sums[g] = sum;
-        total += sum;
+        const i32x16 a = round_to_int(loadf(x + g * 32) * inverse);
+        const i32x16 b = round_to_int(loadf(x + g * 32 + 16) * inverse);
+        store_bytes(q + g * 32, a);
+        store_bytes(q + g * 32 + 16, b);
+        total += sums[g] = reduce_addi(a + b);
     }
     sums[groups] = total;
 }
@@ -124,7 +118,7 @@ static void gate_quantize_team(const float *gate_up, int64_t m, int64_t k, const
         int64_t i = 0;
         for (; i + 16 <= k; i += 16) {
             /* sigmoid from e^-|g|, which cannot overflow */
-            f32x16 g = loadf(gate + i), e = exp_nonpositive(-maxf(g, -g));
+            f32x16 g = loadf(gate + i), e = exp_nonpositive(-absf(g));
             f32x16 numerator = selectf(g >= 0, splatf(1), e);
             storef(tmp + i, g * numerator / (e + 1.0f) * loadf(up + i));
         }

@@ -30,14 +30,30 @@ INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 INLINE f32x16 selectf(i32x16 mask, f32x16 a, f32x16 b) {
     return (f32x16)(((i32x16)a & mask) | ((i32x16)b & ~mask));
 }
-INLINE f32x16 maxf(f32x16 a, f32x16 b) { return selectf(a > b, a, b); }
+INLINE f32x16 maxf(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return selectf(a > b, a, b);
+#endif
+}
+INLINE f32x16 absf(f32x16 v) { return (f32x16)((i32x16)v & 0x7fffffff); }
 
+/* Lane reductions always add in the same order: 8 apart, then 4, 2, 1. */
 INLINE float reduce_add(f32x16 v) {
-    float a[16];
-    memcpy(a, &v, 64);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return v[0];
+}
+
+INLINE int32_t reduce_addi(i32x16 v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return v[0];
 }
 
 INLINE float reduce_max(f32x16 v) {
@@ -74,6 +90,15 @@ INLINE f32x16 exp_nonpositive(f32x16 v) {
     p = p * (r * r) + r + 1.0f;
     i32x16 e = (i32x16)p + (n << 23);
     return (f32x16)(e & alive);
+}
+
+/* The low byte of each lane. */
+INLINE void store_bytes(int8_t *p, i32x16 v) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    for (int i = 0; i < 16; i++) p[i] = (int8_t)v[i];
+#endif
 }
 
 /* acc[c] += sum over 4 bytes j of w[c][j] (unsigned) * x[c][j] (signed); exact. */

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -13,6 +16,8 @@ from evermini.models.config import ModelConfig
 
 BLOCK_SIZE = 32
 """Tokens per KV block."""
+
+HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -87,15 +92,26 @@ class KVCache:
         self.dtype = dtype
         k_shape = (num_blocks, config.num_kv_heads, config.head_dim, BLOCK_SIZE)
         v_shape = (num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        make = lambda shape: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
-        self.k = [make(k_shape) for _ in range(config.num_layers)]
-        self.v = [make(v_shape) for _ in range(config.num_layers)]
+        self.k = [_zeros(k_shape, dtype, device) for _ in range(config.num_layers)]
+        self.v = [_zeros(v_shape, dtype, device) for _ in range(config.num_layers)]
 
     @staticmethod
     def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
         """Return the bytes one block takes over all layers."""
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return per_token * BLOCK_SIZE * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Return zeros; on the CPU in huge pages where the system has them (blocks are read in random order)."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or num_bytes < HUGE_PAGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes)  # zeroed by the system, and resident only once written
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 class Model(Protocol):

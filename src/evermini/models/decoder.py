@@ -1,7 +1,7 @@
 """The dense decoder of the Llama, Qwen2 and Qwen3 families, in PyTorch operations.
 
-It is the float32 oracle, the CUDA path (bfloat16), and what int8 weights run on where `evermini.kernels` is unavailable.
-`evermini.models.native` is the same computation in native code.
+It is the float32 oracle, the CUDA path (bfloat16), and what int8 weights run on where `evermini.kernels` is
+unavailable. `evermini.models.native` is the same computation in native code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys, whole_prompt
@@ -98,7 +98,9 @@ def load_layer(checkpoint: Checkpoint, index: int) -> LayerParameters:
     projections = [f"self_attn.{p}_proj" for p in "qkv"]
     return LayerParameters(
         qkv=torch.cat([read(f"{p}.weight") for p in projections]),
-        qkv_bias=torch.cat([read(f"{p}.bias") for p in projections]) if config.attention_bias else None,
+        qkv_bias=torch.cat([read(f"{p}.bias") for p in projections])
+        if config.attention_bias
+        else None,
         o=read("self_attn.o_proj.weight"),
         o_bias=optional("self_attn.o_proj.bias", config.output_bias),
         gate_up=torch.cat([read("mlp.gate_proj.weight"), read("mlp.up_proj.weight")]),
@@ -192,7 +194,9 @@ class Decoder:
         kv.v[index][blocks, :, offsets] = v
         attended = attention(q, kv.k[index], kv.v[index], batch)
         hidden = hidden + layer.o(attended.flatten(1))
-        gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, config.rms_norm_eps)).chunk(2, -1)
+        gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, config.rms_norm_eps)).chunk(
+            2, -1
+        )
         return hidden + layer.down(F.silu(gate) * up)
 
     def _project(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +204,9 @@ class Decoder:
         config, layer = self.config, self.layers[index]
         eps, keys = config.rms_norm_eps, config.num_heads
         values = keys + config.num_kv_heads
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, eps)).view(hidden.shape[0], -1, config.head_dim)
+        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, eps)).view(
+            hidden.shape[0], -1, config.head_dim
+        )
         q, k, v = qkv[:, :keys], qkv[:, keys:values], qkv[:, values:]
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
@@ -239,30 +245,45 @@ def attention(q: Tensor, k_blocks: Tensor, v_blocks: Tensor, batch: ForwardBatch
     decoding = [s for s in range(len(lens)) if starts[s + 1] - starts[s] == 1]
     if len(decoding) > 1:
         rows = [starts[s] for s in decoding]
-        out[rows] = _decode_attention(q[rows], k_blocks, v_blocks, batch, decoding, [lens[s] for s in decoding])
+        out[rows] = _decode_attention(
+            q[rows], k_blocks, v_blocks, batch, decoding, [lens[s] for s in decoding]
+        )
     for s, length in enumerate(lens):
         start, end = starts[s], starts[s + 1]
         if end - start == 1 and len(decoding) > 1:
             continue
         blocks = batch.block_tables[s, : -(-length // BLOCK_SIZE)].long()
-        k = k_blocks[blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]  # (kv_heads, length, head_dim)
+        k = (
+            k_blocks[blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]
+        )  # (kv_heads, length, head_dim)
         v = v_blocks[blocks].permute(1, 0, 2, 3).flatten(1, 2)[:, :length]
         first = length - (end - start)
         mask = torch.ones(end - start, length, dtype=torch.bool, device=q.device).tril(first)
         part = q[start:end].transpose(0, 1)[None]
-        attended = F.scaled_dot_product_attention(part, k[None], v[None], attn_mask=mask, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(
+            part, k[None], v[None], attn_mask=mask, enable_gqa=True
+        )
         out[start:end] = attended[0].transpose(0, 1)
     return out
 
 
 def _decode_attention(
-    q: Tensor, k_blocks: Tensor, v_blocks: Tensor, batch: ForwardBatch, seqs: list[int], lens: list[int]
+    q: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    batch: ForwardBatch,
+    seqs: list[int],
+    lens: list[int],
 ) -> Tensor:
     """One query per sequence, (S, num_heads, head_dim), padded to the longest."""
     longest = max(lens)
     blocks = batch.block_tables[seqs, : -(-longest // BLOCK_SIZE)].long()  # (S, blocks)
     k = k_blocks[blocks].permute(0, 2, 1, 4, 3).flatten(2, 3)  # (S, kv_heads, length, head_dim)
     v = v_blocks[blocks].permute(0, 2, 1, 3, 4).flatten(2, 3)
-    visible = torch.arange(k.shape[2], device=q.device) < torch.tensor(lens, device=q.device)[:, None]
+    visible = (
+        torch.arange(k.shape[2], device=q.device) < torch.tensor(lens, device=q.device)[:, None]
+    )
     mask = visible[:, None, None]
-    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[:, :, 0]
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[
+        :, :, 0
+    ]

@@ -19,7 +19,11 @@ Precision = Literal["auto", "fp32", "bf16", "int8", "int6", "int5", "int4"]
 
 
 def load_model(
-    checkpoint: Checkpoint, *, device: str = "auto", precision: Precision = "auto", threads: int | None = None
+    checkpoint: Checkpoint,
+    *,
+    device: str = "auto",
+    precision: Precision = "auto",
+    threads: int | None = None,
 ) -> NativeDecoder | Decoder:
     """Load ``checkpoint``'s weights.
 
@@ -38,9 +42,13 @@ def load_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise ConfigError(f"device {device!r} asked for, but PyTorch sees no CUDA GPU. Use device 'cpu'.")
+            raise ConfigError(
+                f"device {device!r} asked for, but PyTorch sees no CUDA GPU. Use device 'cpu'."
+            )
         if precision.startswith("int"):
-            raise ConfigError(f"precision {precision!r} runs on the CPU only. Use 'bf16' or 'fp32' on CUDA.")
+            raise ConfigError(
+                f"precision {precision!r} runs on the CPU only. Use 'bf16' or 'fp32' on CUDA."
+            )
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         return Decoder(checkpoint, dtype=dtype, device=device)
     if precision in ("fp32", "bf16"):

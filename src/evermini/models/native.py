@@ -64,7 +64,9 @@ class _Workspace:
     def __init__(self, config: ModelConfig, rows: int) -> None:
         attention = config.num_heads * config.head_dim
         self.rows = rows
-        self.act = ActivationBuffer(rows, max(config.hidden_size, config.intermediate_size, attention))
+        self.act = ActivationBuffer(
+            rows, max(config.hidden_size, config.intermediate_size, attention)
+        )
         self.qkv = torch.empty(rows, attention + 2 * config.num_kv_heads * config.head_dim)
         self.attn = torch.empty(rows, attention)
         self.gate_up = torch.empty(rows, 2 * config.intermediate_size)
@@ -111,10 +113,14 @@ class NativeDecoder:
             PackedLinear(p.gate_up, None, bits),
             PackedLinear(p.down, None, bits),
         ]
-        norms = [None if t is None else t.contiguous() for t in (p.input_norm, p.post_norm, p.q_norm, p.k_norm)]
+        norms = [
+            None if t is None else t.contiguous()
+            for t in (p.input_norm, p.post_norm, p.q_norm, p.k_norm)
+        ]
         self._owned += [packed, norms]
         return kernels.Layer(
-            *(linear.struct for linear in packed), *(None if t is None else t.data_ptr() for t in norms)
+            *(linear.struct for linear in packed),
+            *(None if t is None else t.data_ptr() for t in norms),
         )
 
     def new_kv_cache(self, num_blocks: int) -> KVCache:
@@ -162,7 +168,10 @@ class NativeDecoder:
                 )  # fmt: skip
             if index in layers:
                 qkv = workspace.qkv[:length].view(length, -1, config.head_dim)
-                wanted[index] = (qkv[:, :num_heads].clone(), qkv[:, num_heads : num_heads + config.num_kv_heads].clone())
+                wanted[index] = (
+                    qkv[:, :num_heads].clone(),
+                    qkv[:, num_heads : num_heads + config.num_kv_heads].clone(),
+                )
         return [wanted[index] for index in layers]
 
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -183,7 +192,13 @@ class NativeDecoder:
     @staticmethod
     def _batch_struct(batch: ForwardBatch) -> kernels.Batch:
         """Point at the batch's tensors; they must outlive the struct."""
-        for tensor in (batch.positions, batch.slots, batch.query_start, batch.context_lens, batch.block_tables):
+        for tensor in (
+            batch.positions,
+            batch.slots,
+            batch.query_start,
+            batch.context_lens,
+            batch.block_tables,
+        ):
             assert tensor.is_contiguous()
         return kernels.Batch(
             batch.token_ids.shape[0], batch.context_lens.shape[0], batch.block_tables.shape[1],

@@ -1,8 +1,8 @@
 """Integer weights and activations: the arithmetic that `evermini.kernels` runs fast, written out in PyTorch.
 
-A weight matrix W (n, k) becomes integers and one scale per output channel. Both sides of the product are first multiplied
-by a block-diagonal Hadamard matrix H (runs of up to 128 inputs), which leaves x W^T = (x H)(W H)^T unchanged but spreads
-outliers, so that one int8 scale per activation row loses almost nothing (docs/log.md has the figures).
+A weight matrix W (n, k) becomes integers and one scale per output channel. Both sides of the product are first
+multiplied by a block-diagonal Hadamard matrix H (runs of up to 128 inputs), which leaves x W^T = (x H)(W H)^T unchanged
+but spreads outliers, so that one int8 scale per activation row loses almost nothing (docs/log.md has the figures).
 
 At 8 bits a weight is an int8 times its channel's scale. Below that, each run of 32 inputs (a group) is g * q: q has
 ``bits`` bits, g is a small integer such that g * q fits in int8. The integers g * q are therefore int8 weights too, and
@@ -28,7 +28,7 @@ def _hadamard(size: int) -> Tensor:
     while matrix.shape[0] < size:
         top = torch.cat([matrix, matrix], 1)
         matrix = torch.cat([top, torch.cat([matrix, -matrix], 1)], 0)
-    return matrix / size**0.5
+    return matrix.div(size**0.5)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -72,7 +72,9 @@ class QuantizedWeight:
     def int8(self) -> Tensor:
         """Return the weights as int8 (n, k): g * q."""
         n, padded = self.q.shape
-        groups = self.q.view(n, padded // GROUP, GROUP) * self.group_scale.view(torch.int8)[..., None]
+        groups = (
+            self.q.view(n, padded // GROUP, GROUP) * self.group_scale.view(torch.int8)[..., None]
+        )
         return groups.view(n, padded)[:, : self.k].contiguous()
 
     def pack(self) -> Tensor:
@@ -90,7 +92,7 @@ class QuantizedWeight:
         planes = [(low[:, :, :4] | (low[:, :, 4:] << 4)).flatten(2)]
         powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
         for bit in range(4, self.bits):
-            ones = ((q >> bit) & 1).flatten(2).unflatten(2, (256, 8))
+            ones = ((q >> bit) & 1).view(panels, groups, 256, 8)
             planes.append((ones * powers).sum(-1, dtype=torch.uint8))
         scales = torch.ones(panels * PANEL, groups, dtype=torch.uint8)
         scales[:n] = self.group_scale
@@ -101,8 +103,8 @@ class QuantizedWeight:
 def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
     """Quantise ``weight`` (n, k) float32 to ``bits`` bits.
 
-    The channel's scale makes its largest weight 127. Each group takes the finest g that covers it or the next finer one,
-    whichever leaves the smaller squared error.
+    The channel's scale makes its largest weight 127. Each group takes the finest g that covers it or the next finer
+    one, whichever leaves the smaller squared error.
     """
     n, k = weight.shape
     padded = -(-k // GROUP) * GROUP
@@ -128,15 +130,17 @@ def _quantize_groups(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     half = 1 << (bits - 1)
     groups = values.view(values.shape[0], -1, GROUP)
     cover = (groups.abs().amax(-1) / (half - 0.5)).ceil().clamp(1, 128 // half)
-    best_q = best_error = best_g = None
-    for g in (cover, (cover - 1).clamp_min(1)):
-        q = (groups / g[..., None]).round().clamp(-half, half - 1)
-        q = torch.minimum(q, torch.div(127, g, rounding_mode="floor")[..., None])
-        error = (q * g[..., None] - groups).square().sum(-1)
-        if best_error is None:
-            best_q, best_error, best_g = q, error, g
-        else:
-            better = error < best_error
-            best_q = torch.where(better[..., None], q, best_q)
-            best_g = torch.where(better, g, best_g)
-    return best_q.view_as(values).to(torch.int8), best_g.to(torch.uint8)
+    q, error = _round_groups(groups, cover, half)
+    finer = (cover - 1).clamp_min(1)
+    finer_q, finer_error = _round_groups(groups, finer, half)
+    better = finer_error < error
+    q = torch.where(better[..., None], finer_q, q)
+    group_scale = torch.where(better, finer, cover)
+    return q.view_as(values).to(torch.int8), group_scale.to(torch.uint8)
+
+
+def _round_groups(groups: Tensor, g: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Return q of each group (rows, groups, 32) for its g (rows, groups), and the squared error it leaves."""
+    q = (groups / g[..., None]).round().clamp(-half, half - 1)
+    q = torch.minimum(q, torch.div(127, g, rounding_mode="floor")[..., None])
+    return q, (q * g[..., None] - groups).square().sum(-1)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), rotate-half convention of the Hugging Face checkpoints."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in the rotate-half form of Hugging Face checkpoints."""
 
 from __future__ import annotations
 
