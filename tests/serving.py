@@ -70,7 +70,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 def tiny_served(like: ServedModel, model: TinyModel, settings: Settings) -> ServedModel:
     """A served model with random weights and the tokenizer of ``like``, whose failures tests can plan."""
     worker = start_worker(model, settings)
-    info = ModelInfo("tiny", (), 0, worker.max_model_len, "fp_tiny")
+    info = ModelInfo("org/tiny", (), 0, worker.max_model_len, "fp_tiny")
     return ServedModel(info, worker, like.tokenizer, like.template)
 
 

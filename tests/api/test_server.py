@@ -214,6 +214,21 @@ class TestMonitoring:
         assert "nowhere" not in text
 
 
+class TestModels:
+    def test_names_may_hold_slashes(self, nano: ServedModel) -> None:
+        served = tiny_served(nano, tiny_model(nano), Settings(kv_memory=16 * 1024**2))
+        try:
+            with serving(Runtime([nano, served])) as url, make_client(url) as client:
+                assert client.models.retrieve("org/tiny").id == "org/tiny"
+                listed = [model.id for model in client.models.list()]
+                assert listed[0] == "gpt-4.1-nano-2025-04-14"
+                assert listed[-1] == "org/tiny"
+                answer = client.chat.completions.create(**TINY, max_tokens=2)
+                assert answer.model == "org/tiny"
+        finally:
+            served.close(timeout=0)
+
+
 @contextmanager
 def tiny_server(
     nano: ServedModel, model: TinyModel | None = None, **settings: Any
@@ -228,7 +243,7 @@ def tiny_server(
         served.close(timeout=0)
 
 
-TINY = {"model": "tiny", "messages": HELLO, "temperature": 0}
+TINY = {"model": "org/tiny", "messages": HELLO, "temperature": 0}
 ENDLESS = {**TINY, "logit_bias": {"2": -100}, "max_tokens": 200}
 
 

@@ -7,7 +7,6 @@ choices = await run.collect()                 # or all at once, through the same
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -25,6 +24,7 @@ from evermini.service.generation import (
 )
 from evermini.service.limits import output_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
+from evermini.service.offload import tokenise
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest, Message
 
@@ -105,8 +105,8 @@ async def start(
     )
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     messages = [_for_template(message) for message in request.messages]
-    # A long prompt takes seconds to tokenise; the event loop serves others meanwhile.
-    prompt = await asyncio.to_thread(served.template.encode_chat, messages)
+    num_characters = sum(len(message["content"]) for message in messages)
+    prompt = await tokenise(num_characters, served.template.encode_chat, messages)
     limit = output_limit(served.info.context_window, len(prompt), request)
     candidates = [
         Candidate(

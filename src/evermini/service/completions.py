@@ -5,7 +5,6 @@ Evaluation harnesses score texts here with ``echo=True, logprobs=1, max_tokens=0
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -25,6 +24,7 @@ from evermini.service.generation import (
 )
 from evermini.service.limits import completion_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
+from evermini.service.offload import tokenise
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import CompletionRequest
 from evermini.text.tokenizer import Tokenizer
@@ -189,7 +189,8 @@ async def start(
     )
     tokenizer = served.tokenizer
     bias = request.bias_by_id(tokenizer.vocab_size)
-    prompts = await asyncio.to_thread(_prompts, request, tokenizer)
+    size = sum(len(prompt) for prompt in request.prompt or ())
+    prompts = await tokenise(size, _prompts, request, tokenizer)
     ranks = request.num_candidates > request.num_choices
     # Scored answers list the token they end with, as harnesses expect that drop the last token to get the prompt's.
     lists_end = request.logprobs is not None

@@ -1,57 +1,24 @@
 """The requests of the contract: exact field names, types and ranges.
 
-Fields of the contract that this server does not act on are listed in `CHAT_UNSUPPORTED` and refused with a 400 that
-names them, unless they hold a value that means "off" (``tools: null``, ``store: false``). Fields outside the contract
-are refused too: a misspelt ``temprature`` must not be ignored.
+Fields of the contract that this server does not act on are refused by `evermini.service.unsupported`. Fields outside
+the contract are refused too: a misspelt ``temprature`` must not be ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from evermini.errors import InvalidRequestError, UnsupportedParameterError
-from evermini.service import validation
+from evermini.errors import InvalidRequestError
+from evermini.service import unsupported, validation
 
 MAX_OUTPUT_TOKENS = 32_768
 """Tokens one request may generate (gpt-4.1-mini's published limit)."""
 
 MAX_CANDIDATES = 2048
 """Completions that one request may ask for, over all its prompts."""
-
-CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (),
-    "prediction": (),
-    "prompt_cache_options": (),
-    "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-"""Field → the values, besides null, that ask for nothing."""
-
-MESSAGE_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
-}
-PART_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"prompt_cache_breakpoint": ()}
-UNSUPPORTED_PARTS = frozenset({"image_url", "input_audio", "file"})
-UNSUPPORTED_ROLES = frozenset({"tool", "function"})
-COMPLETION_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"suffix": ("",)}
 
 
 def _wrong_type(expected: str) -> PydanticCustomError:
@@ -330,14 +297,7 @@ def parse_chat(body: object) -> ChatRequest:
         UnsupportedParameterError: A field that this server does not act on is set.
         InvalidRequestError: Anything else is wrong.
     """
-    if isinstance(body, dict):
-        body = _without_unsupported(body, CHAT_UNSUPPORTED, "")
-        if isinstance(body.get("messages"), list):
-            body["messages"] = [
-                _plain_message(message, f"messages[{number}]")
-                for number, message in enumerate(body["messages"])
-            ]
-    return validation.parse(ChatRequest, body)
+    return validation.parse(ChatRequest, unsupported.plain_chat(body))
 
 
 def parse_completion(body: object) -> CompletionRequest:
@@ -347,49 +307,4 @@ def parse_completion(body: object) -> CompletionRequest:
         UnsupportedParameterError: ``suffix`` is set.
         InvalidRequestError: Anything else is wrong.
     """
-    if isinstance(body, dict):
-        body = _without_unsupported(body, COMPLETION_UNSUPPORTED, "")
-    return validation.parse(CompletionRequest, body)
-
-
-def _plain_message(message: object, path: str) -> object:
-    if not isinstance(message, dict):
-        return message
-    role = message.get("role")
-    if isinstance(role, str) and role in UNSUPPORTED_ROLES:
-        raise _unsupported(f"{path}.role", f"Messages with role '{role}' are")
-    message = _without_unsupported(message, MESSAGE_UNSUPPORTED, f"{path}.")
-    if isinstance(message.get("content"), list):
-        message["content"] = [
-            _plain_part(part, f"{path}.content[{number}]")
-            for number, part in enumerate(message["content"])
-        ]
-    return message
-
-
-def _plain_part(part: object, path: str) -> object:
-    if not isinstance(part, dict):
-        return part
-    kind = part.get("type")
-    if isinstance(kind, str) and kind in UNSUPPORTED_PARTS:
-        raise _unsupported(f"{path}.type", f"Content parts of type '{kind}' are")
-    return _without_unsupported(part, PART_UNSUPPORTED, f"{path}.")
-
-
-def _without_unsupported(
-    body: dict[str, Any], table: Mapping[str, tuple[object, ...]], prefix: str
-) -> dict[str, Any]:
-    """Return a copy without the table's fields; all of them must be off."""
-    for name, off in table.items():
-        value = body.get(name)
-        # `==` alone would let 0 pass for False.
-        if value is not None and not any(value == v and type(value) is type(v) for v in off):
-            raise _unsupported(f"{prefix}{name}", f"The parameter '{prefix}{name}' is")
-    return {name: value for name, value in body.items() if name not in table}
-
-
-def _unsupported(param: str, what: str) -> UnsupportedParameterError:
-    return UnsupportedParameterError(
-        f"{what} not supported by this server. Leave it out. (Ignoring it would change the answer.)",
-        param=param,
-    )
+    return validation.parse(CompletionRequest, unsupported.plain_completion(body))
