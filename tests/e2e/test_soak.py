@@ -63,8 +63,8 @@ async def request(client: openai.AsyncOpenAI, rng: random.Random, *, abandoned: 
     """Make one request; leave it at a random moment if it is to be abandoned."""
     # Half of the prompts begin alike and share memory, the others have their own.
     start = rng.choice(["Tell", f"{rng.random()}: tell"])
-    content = f"{start} me {'more and ' * rng.choice([1, 10, 60, 200])} more."
-    length = rng.choice([1, 4, 16, 80])
+    content = f"{start} me {'more and ' * rng.choice([1, 10, 60, 150])} more."
+    length = rng.choice([1, 4, 16, 48])
     streamed = rng.random() < 0.6
     if abandoned:
         length += 60
