@@ -14,7 +14,8 @@ from evermini import kernels
 from evermini.models.checkpoint import open_checkpoint
 from evermini.models.decoder import Decoder
 from evermini.models.load import load_model
-from evermini.models.native import ActivationBuffer, NativeDecoder, PackedLinear
+from evermini.models.native import ActivationBuffer, NativeDecoder, linear_struct
+from evermini.models.packed import pack_linear
 from evermini.models.quantize import quantize_activations, quantize_weight, rotate
 from tests.batches import make_batch
 
@@ -30,13 +31,17 @@ def nano(nano_path: Path) -> NativeDecoder:
     return model
 
 
-def native_linear(packed: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+def native_linear(
+    weight: torch.Tensor, bias: torch.Tensor, bits: int, x: torch.Tensor
+) -> torch.Tensor:
+    packed = dict(pack_linear("w", weight, bias, bits))
+    struct = linear_struct(packed, "w", *weight.shape, bits)
     rows, width = x.shape
-    buffer, y = ActivationBuffer(rows, width), torch.empty(rows, packed.struct.n)
+    buffer, y = ActivationBuffer(rows, width), torch.empty(rows, weight.shape[0])
     library = kernels.load()
     assert library is not None
     library.em_linear(
-        ctypes.byref(packed.struct), ctypes.byref(buffer.struct), x.data_ptr(), rows, y.data_ptr()
+        ctypes.byref(struct), ctypes.byref(buffer.struct), x.data_ptr(), rows, y.data_ptr()
     )
     return y
 
@@ -55,7 +60,7 @@ def test_linear_is_the_integer_product(bits: int, n: int, k: int, rows: int) -> 
     q, scale = quantize_activations(x)
     exact = q.double() @ quantized.int8().double().t()
     expected = exact * scale[:, None].double() * quantized.scale.double() + bias
-    actual = native_linear(PackedLinear(weight, bias, bits), x)
+    actual = native_linear(weight, bias, bits, x)
     # Rounding an activation at a tie may differ by one unit between the two: a few parts in 10,000 of a row.
     torch.testing.assert_close(
         actual.double(), expected, rtol=1e-4, atol=2e-3 * float(expected.abs().max())

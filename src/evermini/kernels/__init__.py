@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from evermini.config import default_home
+
 logger = logging.getLogger(__name__)
 
 SOURCES = ("linear.c", "attention.c", "decoder.c", "recall.c")
@@ -140,8 +142,7 @@ def _build() -> Path:
     digest = hashlib.sha256(f"{FLAGS}{version.stdout}{_cpu()}".encode())
     for name in (*SOURCES, *HEADERS):
         digest.update((folder / name).read_bytes())
-    home = Path(os.environ.get("EVERMINI_HOME") or Path.home() / ".cache" / "evermini")
-    target = home / "kernels" / f"evermini-{digest.hexdigest()[:16]}.so"
+    target = default_home() / "kernels" / f"evermini-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,6 +25,7 @@ def load_model(
     device: str = "auto",
     precision: Precision = "auto",
     threads: int | None = None,
+    home: Path | None = None,
 ) -> NativeDecoder | Decoder:
     """Load ``checkpoint``'s weights.
 
@@ -31,6 +33,7 @@ def load_model(
         checkpoint: An open checkpoint.
         device: ``auto`` (CUDA if there is one, else CPU), ``cpu``, ``cuda`` or ``cuda:N``.
         precision: ``auto`` is int8 on the CPU and bf16 on CUDA. ``int4`` to ``int8`` are CPU only.
+        home: Folder of all caches; by default `evermini.config.default_home`.
         threads: CPU threads for PyTorch and the kernels, of the whole process; ``None`` leaves them alone.
 
     Raises:
@@ -63,4 +66,4 @@ def load_model(
             checkpoint.config.head_dim,
         )
         return Decoder(checkpoint, bits=bits)
-    return NativeDecoder(checkpoint, bits=bits)
+    return NativeDecoder(checkpoint, bits=bits, home=home)

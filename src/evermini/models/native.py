@@ -7,42 +7,34 @@ into chunks, and whether its prefix came from the cache (reasons in kernels/line
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from evermini import kernels
+from evermini.config import default_home
 from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys, whole_prompt
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
-from evermini.models.decoder import load_layer
-from evermini.models.quantize import GROUP, PANEL, quantize_weight
+from evermini.models.packed import open_packed
+from evermini.models.quantize import GROUP
 from evermini.models.rope import rope_tables
 
 
-class PackedLinear:
-    """A weight matrix in the kernels' layout; owns the memory its ``struct`` points to."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
-        n, k = weight.shape
-        quantized = quantize_weight(weight, bits)
-        padding = (0, -n % PANEL)
-        self.data = quantized.pack()
-        self.scale = torch.nn.functional.pad(quantized.scale, padding)
-        self.bias = None if bias is None else torch.nn.functional.pad(bias.float(), padding)
-        self.struct = kernels.Linear(
-            self.data.data_ptr(),
-            self.scale.data_ptr(),
-            None if self.bias is None else self.bias.data_ptr(),
-            n, k, -(-k // GROUP) * GROUP, bits,
-        )  # fmt: skip
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of weights and scales."""
-        return self.data.numel() + 4 * self.scale.numel()
+def linear_struct(
+    weights: Mapping[str, Tensor], name: str, n: int, k: int, bits: int
+) -> kernels.Linear:
+    """Point at a packed matrix (n, k) of `evermini.models.packed`; the tensors must outlive the struct."""
+    bias = weights.get(f"{name}.bias")
+    return kernels.Linear(
+        weights[f"{name}.data"].data_ptr(),
+        weights[f"{name}.scale"].data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        n, k, -(-k // GROUP) * GROUP, bits,
+    )  # fmt: skip
 
 
 class ActivationBuffer:
@@ -81,22 +73,22 @@ class NativeDecoder:
     Args:
         checkpoint: Where the weights come from; its head_dim must be a multiple of 16.
         bits: Weight bits: 8, 6, 5 or 4. The output projection keeps at least 6.
+        home: Folder of all caches, where the packed weights are kept; by default `evermini.config.default_home`.
     """
 
     kv_dtype = torch.float16
 
-    def __init__(self, checkpoint: Checkpoint, *, bits: int = 8) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, bits: int = 8, home: Path | None = None) -> None:
         library = kernels.load()
         assert library is not None, "callers check kernels.load() first"
         self._library = library
         self.config: ModelConfig = checkpoint.config
         config = self.config
-        self.embedding = checkpoint.tensor("model.embed_tokens.weight").half()
-        self._owned: list[object] = []
-        self._layers = [self._load_layer(checkpoint, i, bits) for i in range(config.num_layers)]
-        name = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-        self._head = PackedLinear(checkpoint.tensor(f"{name}.weight"), None, max(bits, 6))
-        self._norm = checkpoint.tensor("model.norm.weight").contiguous()
+        self._weights = open_packed(checkpoint, bits, home or default_home())
+        self._layers = [self._layer_struct(index, bits) for index in range(config.num_layers)]
+        self._head = linear_struct(
+            self._weights, "head", config.vocab_size, config.hidden_size, max(bits, 6)
+        )
         self._cos, self._sin = rope_tables(config)
         self._shape = kernels.Shape(
             config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
@@ -105,22 +97,23 @@ class NativeDecoder:
         self._workspace = _Workspace(config, 1)
         self._index_workspace = _Workspace(config, 1)
 
-    def _load_layer(self, checkpoint: Checkpoint, index: int, bits: int) -> kernels.Layer:
-        p = load_layer(checkpoint, index)
-        packed = [
-            PackedLinear(p.qkv, p.qkv_bias, bits),
-            PackedLinear(p.o, p.o_bias, bits),
-            PackedLinear(p.gate_up, None, bits),
-            PackedLinear(p.down, None, bits),
-        ]
+    def _layer_struct(self, index: int, bits: int) -> kernels.Layer:
+        config, weights, prefix = self.config, self._weights, f"layers.{index}."
+        hidden, inner = config.hidden_size, config.intermediate_size
+        attention = config.num_heads * config.head_dim
+        fused = attention + 2 * config.num_kv_heads * config.head_dim
+        shapes = {
+            "qkv": (fused, hidden),
+            "o": (hidden, attention),
+            "gate_up": (2 * inner, hidden),
+            "down": (hidden, inner),
+        }
         norms = [
-            None if t is None else t.contiguous()
-            for t in (p.input_norm, p.post_norm, p.q_norm, p.k_norm)
+            weights.get(prefix + name) for name in ("input_norm", "post_norm", "q_norm", "k_norm")
         ]
-        self._owned += [packed, norms]
         return kernels.Layer(
-            *(linear.struct for linear in packed),
-            *(None if t is None else t.data_ptr() for t in norms),
+            *(linear_struct(weights, prefix + name, n, k, bits) for name, (n, k) in shapes.items()),
+            *(None if norm is None else norm.data_ptr() for norm in norms),
         )
 
     def new_kv_cache(self, num_blocks: int) -> KVCache:
@@ -130,7 +123,7 @@ class NativeDecoder:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return logits (R, vocab_size) float32."""
-        hidden = self.embedding[batch.token_ids].float()
+        hidden = self._weights["embedding"][batch.token_ids].float()
         pointers = self._batch_struct(batch)
         for index in range(self.config.num_layers):
             self.run_layer(index, hidden, pointers, kv)
@@ -153,7 +146,7 @@ class NativeDecoder:
         workspace, config = self._index_workspace, self.config
         batch = whole_prompt(token_ids)
         kv = KVCache(replace(config, num_layers=1), -(-length // BLOCK_SIZE), self.kv_dtype)
-        hidden = self.embedding[token_ids].float()
+        hidden = self._weights["embedding"][token_ids].float()
         shape, pointers = ctypes.byref(self._shape), self._batch_struct(batch)
         num_heads = config.num_heads
         wanted: dict[int, QueriesKeys] = {}
@@ -179,7 +172,7 @@ class NativeDecoder:
         logits = torch.empty(rows, self.config.vocab_size)
         if rows:
             self._library.em_logits(
-                ctypes.byref(self._shape), self._norm.data_ptr(), ctypes.byref(self._head.struct),
+                ctypes.byref(self._shape), self._weights["norm"].data_ptr(), ctypes.byref(self._head),
                 ctypes.byref(self._workspace_for(rows)), hidden.data_ptr(), rows, logits.data_ptr(),
             )  # fmt: skip
         return logits

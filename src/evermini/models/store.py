@@ -47,6 +47,10 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+PACKED = "packed"
+"""Folder, under the home folder, of weights quantised once (`evermini.models.packed`)."""
+
+
 class ModelStore:
     """The weights kept under one home folder.
 
@@ -56,6 +60,7 @@ class ModelStore:
 
     def __init__(self, home: Path) -> None:
         self.root = home / "models"
+        self.packed = home / PACKED
 
     def folder(self, entry: CatalogueEntry) -> Path:
         """Return the folder that everything of this file lives in."""
@@ -104,11 +109,14 @@ class ModelStore:
         return sum(size for _, size in _files(self.partial(entry)))
 
     def remove(self, entry: CatalogueEntry) -> int:
-        """Delete the weights and any unfinished download; return the bytes freed."""
+        """Delete the weights, what was quantised from them and any unfinished download; return the bytes freed."""
         with self.lock(entry):
             freed = sum(size for _, size in _files(self.folder(entry)))
             if self.folder(entry).exists():
                 shutil.rmtree(self.folder(entry))
+            for path in self.packed.glob(f"{entry.sha256}-*"):
+                freed += path.stat().st_size
+                path.unlink()
             return freed
 
     @contextlib.contextmanager

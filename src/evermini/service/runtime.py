@@ -169,7 +169,11 @@ def load_tier(
     tokenizer = Tokenizer(checkpoint.tokenizer)
     template = ChatTemplate(tokenizer)
     model = load_model(
-        checkpoint, device=settings.device, precision=settings.precision, threads=settings.threads
+        checkpoint,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads,
+        home=settings.home,
     )
     worker = start_worker(model, settings)
     info = ModelInfo(
