@@ -1,7 +1,7 @@
 """Packed weights on disk: quantised once, then memory-mapped.
 
-Quantising a 0.5B checkpoint takes seconds and gigabytes of scratch memory; mapping the result takes neither, and several
-processes share its pages. One file per weights and precision lies under ``EVERMINI_HOME/packed``. It is a safetensors
+Quantising a 0.5B checkpoint takes seconds and gigabytes of scratch memory; mapping the result takes neither, and
+several processes share its pages. One file per weights and precision lies under ``EVERMINI_HOME/packed``. It is a safetensors
 file (any reader opens it) whose tensors start at multiples of 64 bytes, written under another name and renamed when
 whole. Its metadata tells the format version and the checkpoint's fingerprint, both part of the file's name too.
 
@@ -17,12 +17,11 @@ import logging
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
