@@ -11,6 +11,7 @@ from evermini import __version__
 from evermini.cli import machine
 from evermini.cli.doctor import examine
 from evermini.config import Settings, flag_name, setting_fields
+from evermini.models.catalogue import CATALOGUE
 
 COMMANDS = ("serve", "chat", "ask", "pull", "models", "rm", "doctor", "config")
 
@@ -104,10 +105,11 @@ def test_doctor_tells_machine_and_tiers(evermini, home):
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(evermini, home, monkeypatch):
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(10**9, 5 * 10**8))
+    short = CATALOGUE[0].memory - 100_000_000
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(10**9, short))
     result = evermini("doctor")
     assert result.code == 1
-    assert "lacks 500.0 MB of memory" in result.out
+    assert "lacks 100.0 MB of memory" in result.out
     assert "memory for the smallest tier" in result.out
     report = examine(Settings(home=home, device="cuda:0"))
     required = [problem["what"] for problem in report["problems"] if problem["required"]]

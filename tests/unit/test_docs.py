@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evermini.models.catalogue import CATALOGUE
-from evermini.service import schemas
+from evermini.service import schemas, unsupported
 
 ROOT = Path(__file__).parents[2]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -22,25 +22,25 @@ def table(heading: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("heading", "request_model", "unsupported"),
+    ("heading", "request_model", "refusable"),
     [
-        ("POST /v1/chat/completions", schemas.ChatRequest, schemas.CHAT_UNSUPPORTED),
-        ("POST /v1/completions", schemas.CompletionRequest, schemas.COMPLETION_UNSUPPORTED),
+        ("POST /v1/chat/completions", schemas.ChatRequest, unsupported.CHAT_UNSUPPORTED),
+        ("POST /v1/completions", schemas.CompletionRequest, unsupported.COMPLETION_UNSUPPORTED),
     ],
 )
-def test_every_field_has_its_verdict(heading, request_model, unsupported):
+def test_every_field_has_its_verdict(heading, request_model, refusable):
     verdicts = table(heading)
     served = {name for name, verdict in verdicts.items() if verdict in ("acted on", "accepted")}
     refused = {name for name, verdict in verdicts.items() if verdict == "refused"}
     assert served == set(request_model.model_fields)
-    assert refused == set(unsupported)
+    assert refused == set(refusable)
 
 
 def test_what_messages_may_not_hold_is_listed():
     for name in (
-        *schemas.MESSAGE_UNSUPPORTED,
-        *schemas.UNSUPPORTED_PARTS,
-        *schemas.UNSUPPORTED_ROLES,
+        *unsupported.MESSAGE_UNSUPPORTED,
+        *unsupported.UNSUPPORTED_PARTS,
+        *unsupported.UNSUPPORTED_ROLES,
     ):
         assert f"`{name}`" in API
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from evermini.cli.machine import Gpu, Memory
     from evermini.models.catalogue import CatalogueEntry
 
+DISK_SHARE = 3
+"""Disk space a tier takes, as a multiple of its download: the weights as they come, and quantised for this CPU."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -135,8 +138,8 @@ def _tiers(settings: Settings, memory: Memory, gpus: list[Gpu]) -> list[dict[str
     for entry in CATALOGUE:
         cached = store.is_trusted(entry)
         lacks = _lacks(entry, memory, gpus)
-        if not cached and free_disk < 2 * entry.size:
-            lacks.append(f"{decimal(2 * entry.size - free_disk)} of disk to fetch it")
+        if not cached and free_disk < DISK_SHARE * entry.size:
+            lacks.append(f"{decimal(DISK_SHARE * entry.size - free_disk)} of disk")
         rows.append(
             {
                 "tier": entry.tier,

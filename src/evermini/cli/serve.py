@@ -32,6 +32,7 @@ def serve(loaded: LoadedSettings) -> None:
     with listener, ExitStack() as stack:
         models = []
         for name in settings.models:
+            print(f"Loading {name} ...", flush=True)
             with download_bar(name) as progress:
                 models.append(load_tier(name, settings, progress=progress))
             stack.callback(models[-1].close, timeout=0)

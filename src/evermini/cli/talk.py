@@ -39,7 +39,10 @@ class Talker(Protocol):
 
 def open_llm(settings: Settings) -> LLM:
     """Load the settings' first model, with a bar if its weights have to be fetched."""
-    with download_bar(settings.models[0]) as progress:
+    name = settings.models[0]
+    if sys.stderr.isatty():
+        print(f"Loading {name} ...", file=sys.stderr)
+    with download_bar(name) as progress:
         return LLM(settings=settings, progress=progress)
 
 

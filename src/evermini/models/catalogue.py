@@ -40,7 +40,7 @@ class CatalogueEntry:
         filename: Name of the weights file in the cache.
         sha256: Hash of the file, in lower-case hex.
         size: Bytes of the file.
-        memory: Bytes of memory at the peak of loading and serving it with the default settings; measured, rounded up.
+        memory: Bytes of memory to load it and serve one whole window with the default settings, rounded up.
         licence: SPDX identifier of the weights' licence.
         native_window: Tokens the model was trained to attend over.
         hub: The file on the model hub.
@@ -79,7 +79,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         filename="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         size=98_362_432,
-        memory=1_000_000_000,
+        memory=800_000_000,
         licence="Apache-2.0",
         native_window=8_192,
         hub=HubFile(
@@ -99,7 +99,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         filename="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         size=491_400_064,
-        memory=2_600_000_000,
+        memory=2_000_000_000,
         licence="Apache-2.0",
         native_window=32_768,
         hub=HubFile(
@@ -117,7 +117,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         filename="qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         size=1_117_320_768,
-        memory=6_000_000_000,
+        memory=4_000_000_000,
         licence="Apache-2.0",
         native_window=32_768,
         hub=HubFile(
