@@ -84,6 +84,30 @@ def test_debug_shows_the_traceback(home):
     assert "ModelNotFoundError" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("evermini do", ["doctor"]),
+        ("evermini ask -m m", ["mini"]),
+        ("evermini serve --precision int", ["int8", "int6", "int5", "int4"]),
+    ],
+)
+def test_shells_complete_commands_tiers_and_choices(words, offered):
+    completion = {
+        "_EVERMINI_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", "from evermini.cli import main; main()"],
+        env={**os.environ, **completion},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == offered
+
+
 def test_broken_pipes_are_quiet():
     command = f"{sys.executable} -m evermini config --json | head -c 1"
     run = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)

@@ -87,6 +87,12 @@ def _flag(name: str, kind: Any) -> inspect.Parameter:
         show_default=False,
         metavar=metavar,
         rich_help_panel=item.metadata["group"],
-        autocompletion=(lambda: list(choices)) if choices else None,
+        autocompletion=_tiers if name == "model" else (lambda: list(choices)) if choices else None,
     )
     return _keyword(name, Annotated[bool | None if kind is bool else str | None, option])
+
+
+def _tiers() -> list[str]:
+    from evermini.models.catalogue import CATALOGUE
+
+    return [entry.tier for entry in CATALOGUE]
