@@ -76,22 +76,23 @@ def excerpts(
         max_tokens: Budget for the result, marks included.
     """
     ranked = sorted(spans, key=lambda span: -span.score)
-    low, high = 0, len(ranked)
-    best = _write(segments, ())
-    best_tokens = count_tokens(best[0])
-    while low < high:  # the most spans that fit, best first
-        middle = (low + high + 1) // 2
-        candidate = _write(segments, ranked[:middle])
-        tokens = count_tokens(candidate[0])
-        if tokens <= max_tokens:
-            low, best, best_tokens = middle, candidate, tokens
+    included: list[Span] = []
+    left_out: list[Span] = []
+    text, omitted = _write(segments, (), len(ranked))
+    tokens = count_tokens(text)
+    for span in ranked:
+        candidate, rest = _write(segments, [*included, span], len(ranked))
+        length = count_tokens(candidate)
+        if length <= max_tokens:
+            included.append(span)
+            text, omitted, tokens = candidate, rest, length
         else:
-            high = middle - 1
-    included = tuple(sorted(ranked[:low], key=lambda span: (span.segment, span.tokens)))
-    return Excerpts(best[0], best_tokens, included, tuple(ranked[low:]), best[1])
+            left_out.append(span)
+    included.sort(key=lambda span: (span.segment, span.tokens))
+    return Excerpts(text, tokens, tuple(included), tuple(left_out), omitted)
 
 
-def _write(segments: Sequence[Segment], spans: Sequence[Span]) -> tuple[str, int]:
+def _write(segments: Sequence[Segment], spans: Sequence[Span], num_found: int) -> tuple[str, int]:
     """Return the text and how many characters of the context are not in it."""
     parts: list[str] = []
     omitted = 0
@@ -112,13 +113,15 @@ def _write(segments: Sequence[Segment], spans: Sequence[Span]) -> tuple[str, int
             at = before + end - start
         length = sum(len(segments[i].text) for i in group)
         omitted += length - at
-    head = "[Excerpts of a longer text, in its order. "
-    head += (
-        f"{omitted:,} characters between and around them are left out.]\n"
-        if parts
-        else "None was found relevant.]\n"
-    )
-    return head + "\n" + "\n".join(parts), omitted
+    if parts:
+        head = f"[Excerpts of a longer text, in its order; {omitted:,} characters are left out]\n"
+    elif num_found:
+        head = f"[A text of {omitted:,} characters is left out: none of {num_found} passages found in it fits here]\n"
+    else:
+        head = (
+            f"[A text of {omitted:,} characters is left out: no passage of it was found relevant]\n"
+        )
+    return "\n".join([head, *parts]), omitted
 
 
 def _documents(segments: Sequence[Segment]) -> list[list[int]]:

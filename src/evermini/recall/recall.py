@@ -160,9 +160,10 @@ class Recall:
         began = time.monotonic()
         repaired = new = 0
         unique = {segment.digest: segment for segment in segments}
-        opened = {
-            digest: self._prepare(segment, tuple(unique)) for digest, segment in unique.items()
-        }
+        opened = {digest: self._prepare(segment) for digest, segment in unique.items()}
+        if missing := sum(segment.missing_bytes() for segment in opened.values()):
+            for info in self.store.make_room(missing, tuple(unique)):
+                self._forget(info.digest)
         total = sum(len(segment.ids) for segment in opened.values())
         done = sum(self._done_tokens(segment) for segment in opened.values())
         for digest, segment in opened.items():
@@ -213,8 +214,8 @@ class Recall:
                     self._index_chunk(segment, item.chunk)
         return damage
 
-    def _prepare(self, segment: Segment, keep: Sequence[str]) -> IndexedSegment:
-        """Return the segment open, its tokens on disk, with room for its keys."""
+    def _prepare(self, segment: Segment) -> IndexedSegment:
+        """Return the segment open, its tokens on disk."""
         opened = self._find(segment.digest)
         if opened is not None:
             return opened
@@ -222,7 +223,6 @@ class Recall:
             opened = self.store.open(segment.digest)
             if opened is None:
                 ids, starts = tokenize(self._tokenizer, segment)
-                self.store.make_room(self.store.size_of(len(ids)), keep)
                 opened = self.store.create(segment, ids, starts)
         return opened
 
@@ -287,14 +287,16 @@ class Recall:
         lead: list[int] = []
         rounds = 0
         if self._null is None:
-            self._null = self.queries([], self._tokenizer.encode(NULL_QUESTION))
+            self._null = self.queries(self._tokenizer.encode(NULL_QUESTION))
         while rounds < policy.max_rounds and question_ids and scan.num_blocks:
             rounds += 1
             began = time.monotonic()
-            queries = self.queries(lead, question_ids)
+            queries = self.queries([*lead, *question_ids])
             query_seconds += time.monotonic() - began
             began = time.monotonic()
-            scores = smooth(scan.score(queries, self._null))
+            scores = scan.score(queries, self._null)
+            scores[list(taken)] = 0  # a later round looks for what the earlier ones have not found
+            scores = smooth(scores)
             scan_seconds += time.monotonic() - began
             best = scores if best is None else torch.maximum(best, scores)
             before = set(taken)
@@ -315,17 +317,13 @@ class Recall:
             scan_seconds=scan_seconds,
         )
 
-    def queries(self, lead: Sequence[int], question_ids: Sequence[int]) -> list[Tensor]:
-        """Return each pair's queries (heads, len(question_ids), head_dim) for a question that follows ``lead``."""
+    def queries(self, ids: Sequence[int]) -> list[Tensor]:
+        """Return each pair's queries (heads, len(ids), head_dim) for a text that stands alone."""
         calibration = self.calibration
-        prefix = [*calibration.windows.prefix, *lead]
-        ids = torch.tensor([*prefix, *question_ids], dtype=torch.int64)
+        prefix = calibration.windows.prefix
         with self._gate():
-            by_layer = dict(
-                zip(
-                    calibration.layers, self._model.index_pass(ids, calibration.layers), strict=True
-                )
-            )
+            passed = self._model.index_pass(torch.tensor([*prefix, *ids]), calibration.layers)
+        by_layer = dict(zip(calibration.layers, passed, strict=True))
         result = []
         for pair in calibration.pairs:
             heads = [h for layer, h in calibration.heads if (layer, h // calibration.group) == pair]

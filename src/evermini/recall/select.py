@@ -20,6 +20,7 @@ from evermini.recall.scan import BLOCK, KeyRun, block_mass
 from evermini.recall.store import IndexedSegment
 
 NULL_QUESTION = "N/A"
+MAX_SPAN_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class ContextScan:
 def smooth(scores: Tensor) -> Tensor:
     """Return scores in which a passage that straddles two blocks counts as much as one that lies inside a block."""
     padded = torch.nn.functional.pad(scores, (1, 1))
-    return scores + torch.maximum(padded[:-2], padded[2:]).clamp_min(0) / 2
+    return scores + torch.maximum(padded[..., :-2], padded[..., 2:]).clamp_min(0) / 2
 
 
 def spread(scores: Tensor) -> float:
@@ -129,34 +130,41 @@ def take_blocks(
     if not scan.num_blocks:
         return peaks
     order = torch.topk(scores, min(scan.num_blocks, 4096)).indices.tolist()
-    floor = float(scores[order[0]]) * policy.falloff
+    floor = max(0.0, float(scores[order[0]]) * policy.falloff)
     for block in order:
-        if scores[block] <= 0 or (len(peaks) >= policy.min_peaks and scores[block] < floor):
+        if budget < BLOCK or (len(peaks) >= policy.min_peaks and scores[block] <= floor):
             break
         first, end = scan.segment_blocks(scan.block_place(block)[0])
         around = range(
             max(first, block - policy.neighbours), min(end, block + policy.neighbours + 1)
         )
-        new = [other for other in around if other not in taken]
-        if block in taken and not new:
-            continue
-        if len(new) * BLOCK > budget:
-            break
-        budget -= len(new) * BLOCK
-        taken.update(new)
-        peaks.append(block)
+        new = sorted(
+            (other for other in around if other not in taken), key=lambda other: abs(other - block)
+        )
+        new = new[: budget // BLOCK]
+        if new:
+            budget -= len(new) * BLOCK
+            taken.update(new)
+            peaks.append(block)
     return peaks
 
 
 def to_spans(scan: ContextScan, scores: Tensor, blocks: dict[int, int]) -> list[TokenSpan]:
-    """Join adjacent blocks (block -> round) of a segment into spans, in order; a span has its best block's score."""
+    """Join adjacent blocks (block -> round) of a segment into spans, in order; a span has its best block's score.
+
+    No span is longer than ``MAX_SPAN_BLOCKS``, so that a small budget can take the best part of a long passage.
+    """
     spans: list[TokenSpan] = []
     for block in sorted(blocks):
         segment, start = scan.block_place(block)
         end = min(start + BLOCK, len(scan.segments[segment].ids))
         score, number = float(scores[block]), blocks[block]
-        if spans and spans[-1].segment == segment and spans[-1].end == start:
+        if spans and spans[-1].segment == segment and _joins(spans[-1], start):
             last = spans.pop()
             start, score, number = last.start, max(score, last.score), min(number, last.round)
         spans.append(TokenSpan(segment, start, end, score, number))
     return spans
+
+
+def _joins(span: TokenSpan, start: int) -> bool:
+    return span.end == start and span.end - span.start < MAX_SPAN_BLOCKS * BLOCK

@@ -99,9 +99,16 @@ class IndexedSegment:
         """Bytes its keys take when complete."""
         return self._end(self.num_chunks - 1) if self.num_chunks else 0
 
+    def missing_bytes(self) -> int:
+        """Return how much its keys will still grow."""
+        return max(0, self.num_bytes - self._present_bytes())
+
+    def _present_bytes(self) -> int:
+        return self._keys_path.stat().st_size if self._keys_path.exists() else 0
+
     def chunks_done(self) -> int:
         """Return the leading chunks whose records are there in full."""
-        size = self._keys_path.stat().st_size if self._keys_path.exists() else 0
+        size = self._present_bytes()
         if size >= self.num_bytes:
             return self.num_chunks
         return size // self._record_bytes(self._calibration.windows.chunk)
@@ -191,13 +198,6 @@ class SegmentStore:
         self.folder = self.root / calibration.fingerprint
         self.calibration = calibration
         self.max_bytes = max_bytes
-
-    def size_of(self, num_tokens: int) -> int:
-        """Return about how many bytes a segment of so many tokens takes, keys and tokens."""
-        calibration = self.calibration
-        chunks = calibration.windows.num_chunks(num_tokens)
-        keys = len(calibration.pairs) * (calibration.head_dim + 4)
-        return num_tokens * (keys + 8) + chunks * _RECORD.size + _TOKENS.size + 4 * _PREVIEW_CHARS
 
     def touch(self, digest: str) -> None:
         """Mark a segment used."""

@@ -170,12 +170,13 @@ def _facts(kind: Kind, count: int, rng: random.Random) -> list[_Fact]:
             facts.append((kind, asks.format(**words), (f"{names[i]} {says.format(**words)}.",)))
         elif kind == "two_hop":
             second = _BELONGINGS[i % len(_BELONGINGS)].format(**words)
-            question = f"What do we know about the owner of the {other} {thing}?"
+            owned = f"{other} {thing} of {places[i]}"
+            question = f"What do we know about the owner of the {owned}?"
             facts.append(
                 (
                     kind,
                     question,
-                    (f"The {other} {thing} belongs to {names[i]}.", f"{names[i]} {second}."),
+                    (f"The {owned} belongs to {names[i]}.", f"{names[i]} {second}."),
                 )
             )
         else:
