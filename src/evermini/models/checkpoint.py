@@ -57,16 +57,18 @@ class Checkpoint(ABC):
     Attributes:
         path: The GGUF file (the first of a split one) or the safetensors folder.
         config: The model's shape.
+        shapes: Name and shape of each parameter: exactly those its ``config`` calls for.
         tokenizer: Its tokenizer, unparsed.
     """
 
     path: Path
     config: ModelConfig
+    shapes: dict[str, Shape]
     tokenizer: TokenizerSource
 
     def names(self) -> set[str]:
-        """Return the parameters of this model: exactly those its ``config`` calls for."""
-        return set(parameter_shapes(self.config))
+        """Return the names of this model's parameters."""
+        return set(self.shapes)
 
     def tensor(self, name: str) -> Tensor:
         """Read one parameter.
@@ -81,7 +83,7 @@ class Checkpoint(ABC):
             KeyError: The model has no such parameter.
             DamagedCheckpointError: The file changed or cannot be read any more.
         """
-        return self.rows(name, 0, parameter_shapes(self.config)[name][0])
+        return self.rows(name, 0, self.shapes[name][0])
 
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -196,14 +198,23 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def check_parameters(path: Path, config: ModelConfig, found: Mapping[str, Shape]) -> None:
-    """Check that a checkpoint holds exactly its model's parameters.
+def check_parameters(
+    path: Path, config: ModelConfig, found: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """Return the shapes of a model's parameters after checking that a checkpoint holds exactly these.
 
     Raises:
         DamagedCheckpointError: One is missing or has another shape.
         UnsupportedArchitectureError: There are tensors this family does not use; leaving them out would give wrong
             outputs.
     """
+    if config.num_layers > len(
+        found
+    ):  # before a list of 2**32 layers is made from a damaged number
+        raise DamagedCheckpointError(
+            f"{path} has {len(found)} tensors, but its metadata calls for {config.num_layers} layers. "
+            "Fetch or convert it again."
+        )
     wanted = parameter_shapes(config)
     for name, shape in wanted.items():
         if name not in found:
@@ -221,6 +232,7 @@ def check_parameters(path: Path, config: ModelConfig, found: Mapping[str, Shape]
             f"{path} holds {len(extra)} tensor(s) that the {config.family} family does not have, such as {extra[0]}. "
             "Use a plain dense checkpoint (adapters merged, no mixture of experts)."
         )
+    return wanted
 
 
 def check_config(path: Path, config: ModelConfig) -> None:

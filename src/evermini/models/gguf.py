@@ -25,7 +25,6 @@ from evermini.models.checkpoint import (
     as_ids,
     check_config,
     check_parameters,
-    parameter_shapes,
 )
 from evermini.models.config import Family, ModelConfig
 from evermini.models.gguf_file import GgufFile
@@ -87,7 +86,7 @@ class GgufCheckpoint(Checkpoint):
         self.config = self._read_config(_Metadata(self.path, metadata))
         check_config(self.path, self.config)
         found = {name: file.tensors[inner].shape for name, (file, inner) in self._where.items()}
-        check_parameters(self.path, self.config, found)
+        self.shapes = check_parameters(self.path, self.config, found)
         self.tokenizer = TokenizerSource(
             format="gguf",
             metadata={k: v for k, v in metadata.items() if k.startswith("tokenizer.")},
@@ -101,7 +100,6 @@ class GgufCheckpoint(Checkpoint):
         """Read rows ``start:stop`` of one parameter; see `Checkpoint.rows`."""
         import torch
 
-        parameter_shapes(self.config)[name]
         file, inner = self._where[name]
         match = re.search(r"\.([qk])_proj\.", name)
         if self.config.family == "llama" and match:

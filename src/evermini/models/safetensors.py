@@ -19,7 +19,6 @@ from evermini.models.checkpoint import (
     as_ids,
     check_config,
     check_parameters,
-    parameter_shapes,
     read_json,
 )
 from evermini.models.config import Family, ModelConfig
@@ -65,14 +64,13 @@ class SafetensorsCheckpoint(Checkpoint):
                 if name == "lm_head.weight" and self.config.tie_embeddings:
                     continue
                 self._files[name], shapes[name] = file, shape
-        check_parameters(path, self.config, shapes)
+        self.shapes = check_parameters(path, self.config, shapes)
         self.tokenizer = _read_tokenizer(path, raw, self.config.vocab_size)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows ``start:stop`` of one parameter; see `Checkpoint.rows`."""
         import torch
 
-        parameter_shapes(self.config)[name]
         file = self._files[name]
         try:
             with safe_open(file, framework="pt") as handle:

@@ -5,6 +5,7 @@ text holds a special token, a mark (a character that occurs nowhere else) is put
 rendering; the special tokens found afterwards are the template's, and then the marks are taken out. A text that ends
 with the beginning of a special token is marked too, since the template may put another text right behind it. Text
 without such places, that is nearly all text, is not touched: templates that look into messages see them as they are.
+(Into a marked text a template looks too; one that prints its length counts the marks.)
 """
 
 from __future__ import annotations

@@ -68,10 +68,10 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     ),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0"), _LLAMA_BPE),
     **dict.fromkeys(("smaug-bpe", "dbrx"), PreTokenizer((_LLAMA3,))),
+    "qwen2": PreTokenizer((_QWEN2,), nfc=True),
     **dict.fromkeys(
-        ("qwen2", "deepseek-r1-qwen", "megrez", "kormo"), PreTokenizer((_QWEN2,), nfc=True)
+        ("deepseek-r1-qwen", "megrez", "kormo", "stablelm2"), PreTokenizer((_QWEN2,))
     ),
-    "stablelm2": PreTokenizer((_QWEN2,)),
     "seed-coder": PreTokenizer((_SEED_CODER,)),
     "tekken": PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True),
     "deepseek-coder": PreTokenizer(
@@ -81,6 +81,8 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 """Pre-tokenizers by the name in ``tokenizer.ggml.pre``."""
 
 _PATTERNS = frozenset(pattern for pre in PRE_TOKENIZERS.values() for pattern in pre.patterns)
+# Those that end a piece between a letter and a space; every pre-tokenizer above has one.
+_WORD_PATTERNS = frozenset((_GPT2, _LLAMA3, _QWEN2, _SEED_CODER, _TEKKEN, r"\s?\p{L}+"))
 _CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 _PIECE_CHARS = 1 << 16
 
@@ -90,15 +92,17 @@ def cuts_words(serialised: dict[str, Any] | None) -> bool:
     if serialised is None:
         return False
     steps = serialised["pretokenizers"] if serialised["type"] == "Sequence" else [serialised]
-    cutting = 0
+    cut = False
     for step in steps:
-        if step["type"] == "Split" and step["pattern"].get("Regex") in _PATTERNS:
-            cutting += step["behavior"] == "Isolated" and not step["invert"]
+        pattern = step.get("pattern", {}).get("Regex")
+        isolated = step.get("behavior") == "Isolated" and not step.get("invert")
+        if step["type"] == "Split" and pattern in _PATTERNS and isolated:
+            cut |= pattern in _WORD_PATTERNS
         elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            cutting += step["use_regex"]
+            cut |= step["use_regex"]  # its own pattern is GPT-2's
         elif step["type"] != "Digits":
             return False
-    return cutting > 0
+    return cut
 
 
 def cut_long_text(text: str) -> Iterator[str]:
