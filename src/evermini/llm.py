@@ -193,7 +193,7 @@ class LLM:
             # Closed in reverse: the engine first, so that nobody waits for an answer in a loop that is gone.
             self._portal = stack.enter_context(start_blocking_portal())
             self._served = load_tier(name, settings, progress=progress)
-            stack.callback(self._served.close)
+            stack.callback(self._served.close, timeout=0.0)
             self._stack = stack.pop_all()
 
     @property
@@ -269,7 +269,7 @@ class LLM:
         return Answer(self.info.id, choices, run.usage, time.perf_counter() - started)
 
     def close(self) -> None:
-        """Stop the engine and free the model; does nothing the second time."""
+        """End what still runs and free the model; does nothing the second time."""
         self.is_closed = True
         self._stack.close()
 
