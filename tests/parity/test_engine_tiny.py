@@ -11,7 +11,7 @@ import random
 import pytest
 
 from evermini.engine.engine import Engine
-from evermini.engine.request import SamplingParams
+from evermini.engine.request import PromptDone, SamplingParams
 from tests.fakes import Outcome, TinyModel, drive, greedy_oracle, tiny_config
 
 LENGTHS = (1, 5, 31, 32, 33, 64, 100, 257)
@@ -186,6 +186,21 @@ def test_prompt_scores_do_not_depend_on_chunks_mates_or_cache(max_batch_tokens):
         assert [item.token_id for item in outcome.prompt.prompt_logprobs[1:]] == prompt[1:]
         assert scores(outcome) == pytest.approx(scores(alone), abs=1e-5)
         assert outcome.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_scoring_goes_on_where_a_preemption_cut_it(prefix_caching):
+    prompt = random_prompt(1500)
+    score = greedy(0, prompt_logprobs=1)
+    engine = make_engine(num_blocks=50, max_batch_tokens=160, prefix_caching=prefix_caching)
+    engine.add("old", random_prompt(63), greedy(100))
+    engine.step()
+    engine.add("young", prompt, score)
+    outcomes = drive(engine, {"old": Outcome(prompt=PromptDone(0))})
+    assert engine.stats().preemptions == 1
+    assert scores(outcomes["young"]) == pytest.approx(
+        scores(run_all(make_engine(), [prompt], score)[0]), abs=1e-5
+    )
 
 
 def test_prompt_scores_equal_the_logprobs_of_the_same_tokens_when_generated():

@@ -347,6 +347,39 @@ def test_the_youngest_gives_way_and_returns_before_those_behind_it():
     assert outcomes["old"].steps[-1] < outcomes["young"].steps[-1]
 
 
+def test_who_was_preempted_returns_before_shorter_newcomers():
+    model = TinyModel()
+    engine = make_engine(model, max_batch_tokens=40)
+    engine.add("long", prompt_of(1000), greedy(1))
+    engine.step()
+    engine.add("back", prompt_of(200, 1), greedy(1))
+    engine.add("short", prompt_of(10, 2), greedy(1))
+    engine._sequences["back"].preempted = True
+    engine.step()
+    assert model.batches[-1] == [20, 20]
+    assert engine.stats().waiting == 1
+
+
+def test_a_prompt_preempted_midway_does_not_count_its_own_blocks_as_cached():
+    engine = make_engine(num_blocks=49, max_batch_tokens=64)
+    engine.add("old", prompt_of(31), greedy(100))
+    engine.step()
+    engine.add("young", prompt_of(1500), greedy(1))
+    outcomes = {"old": Outcome(prompt=PromptDone(0))}
+    drive(engine, outcomes)
+    assert engine.stats().preemptions == 1
+    assert outcomes["young"].prompt == PromptDone(0)
+
+
+def test_admission_leaves_room_to_grow():
+    """Else requests are admitted only to be preempted (here 45 times instead of 6)."""
+    engine = make_engine(num_blocks=20)
+    for index in range(30):
+        engine.add(str(index), prompt_of(40 + index % 24, index), greedy(100))
+    drive(engine)
+    assert engine.stats().preemptions < 15
+
+
 @pytest.mark.parametrize("steps", range(12))
 def test_abort_at_any_stage_frees_everything_within_a_step(steps):
     """Waiting, in prefill, awaiting a prefix, decoding, preempted."""

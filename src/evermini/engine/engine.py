@@ -241,6 +241,10 @@ class Engine:
         assert {s.request_id for s in running + waiting} == self._sequences.keys()
         for queue in (running, waiting):
             assert queue == sorted(queue, key=lambda s: s.arrival), "a queue is out of order"
+        assert all(s.is_running for s in running), "a running request believes it waits"
+        assert not any(s.is_running or s.num_computed for s in waiting), (
+            "a waiting request has blocks"
+        )
         for sequence in running:
             has = len(self._blocks.table(sequence.request_id))
             assert has >= blocks_for(sequence.num_computed), f"{sequence.request_id} lacks blocks"

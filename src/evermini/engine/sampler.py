@@ -152,7 +152,7 @@ def _nucleus(weights: Row, top_p: float) -> Ids:
             values = values[:middle]
     values = np.sort(values)[::-1]
     last = int(np.searchsorted(values.cumsum(dtype=np.float64), missing))
-    smallest = values[min(last, len(values) - 1)]
+    smallest = float(values[min(last, len(values) - 1)])
     chosen = weights > smallest
     if smallest > 0.0:  # zero only if rounding asks for more than there is
         missing = target - float(weights[chosen].sum(dtype=np.float64))

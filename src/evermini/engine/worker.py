@@ -208,6 +208,7 @@ class EngineWorker:
             EngineStoppedError: The engine is not running.
         """
         self._engine.validate(prompt_ids, params)
+        token_ids = list(prompt_ids)  # the caller may reuse its own
         request_id = uuid.uuid4().hex if request_id is None else request_id
         with self._changed:
             if self._closed is not None:
@@ -219,7 +220,7 @@ class EngineWorker:
             submission = Submission(request_id, self._abort)
             self._submissions[request_id] = submission
             self._send(
-                partial(self._engine.add, request_id, prompt_ids, params, cache_salt=cache_salt)
+                partial(self._engine.add, request_id, token_ids, params, cache_salt=cache_salt)
             )
         return submission
 
