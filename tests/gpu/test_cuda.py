@@ -42,5 +42,7 @@ def test_batched_decode_is_alone(nano_path: Path) -> None:
         chunks.append((IDS[length - 1 : length], length - 1, blocks))
     together = model.forward(make_batch(chunks), kv)
     for row, length in enumerate(lengths):
-        alone = model.forward(make_batch([(IDS[:length], 0, list(range(10)))]), model.new_kv_cache(10))
+        alone = model.forward(
+            make_batch([(IDS[:length], 0, list(range(10)))]), model.new_kv_cache(10)
+        )
         assert torch.allclose(together[row], alone[0], atol=1e-2)
