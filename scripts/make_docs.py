@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,26 @@ Flags listed as settings are explained in [configuration.md](configuration.md).
 
 def cli() -> str:
     """Return docs/cli.md."""
-    group: Any = typer.main.get_command(app)
     parts = [CLI]
-    for name, command in group.commands.items():
+    for name, command in _commands("evermini", typer.main.get_command(app)):
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         options = [p for p in command.params if p.param_type_name == "option"]
-        usage = " ".join(["evermini", name, "[OPTIONS]", *(_argument(p) for p in arguments)])
+        usage = " ".join([name, "[OPTIONS]", *(_argument(p) for p in arguments)])
         parts.append(f"\n## `{usage}`\n\n{_markdown(command.help)}\n\n")
         parts += [f"- `{_argument(p)}`: {p.help}\n" for p in arguments if p.help]
         parts += [_option(p) for p in options if p.name not in setting_fields()]
         settings = [_names(p) for p in options if p.name in setting_fields()]
-        parts.append(f"- Settings: {', '.join(settings)}\n")
+        parts += [f"- Settings: {', '.join(settings)}\n"] if settings else []
     return "".join(parts)
+
+
+def _commands(prefix: str, group: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the full name and the command of everything in a group, groups inside it included."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(f"{prefix} {name}", command)
+        else:
+            yield f"{prefix} {name}", command
 
 
 def _markdown(text: str) -> str:
