@@ -47,6 +47,7 @@ def test_keys_grow_with_the_tokens_and_cover_full_blocks_only():
 short_runs = st.lists(st.integers(0, 1), max_size=4 * BLOCK_SIZE)
 
 
+@settings(deadline=None)
 @given(
     short_runs,
     short_runs,

