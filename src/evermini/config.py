@@ -170,6 +170,13 @@ class Settings:
         shown="one per physical core",
         metavar="N",
     )
+    recall_disk: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
+        16 * 1024**3,
+        "Disk space for the index of long contexts; the least recently used go first.",
+        group="Recall",
+        shown="16GiB",
+        metavar="BYTES",
+    )
     host: str = _setting("127.0.0.1", "Address to listen on.", group="Server", metavar="ADDRESS")
     port: Annotated[int, Ge(0), Le(65535)] = _setting(
         8000, "Port to listen on; 0 picks a free one.", group="Server", metavar="PORT"

@@ -1,6 +1,6 @@
 """The command line: one file per command.
 
-    evermini serve | chat | ask | doctor | config | pull | models | rm
+    evermini serve | chat | ask | ingest | contexts | calibrate | doctor | config | pull | models | rm
 
 Exit codes: 0 done; 1 it failed, with the cause and the remedy in one line on stderr; 2 a flag or setting is wrong;
 130 interrupted. ``--debug`` (or ``EVERMINI_DEBUG=1``) shows the traceback too. Commands import what they need when they
@@ -21,6 +21,7 @@ from evermini.cli.chat import chat
 from evermini.cli.config import config
 from evermini.cli.doctor import doctor
 from evermini.cli.pull import models, pull, rm
+from evermini.cli.recall import calibrate, contexts, ingest
 from evermini.cli.serve import serve
 from evermini.errors import ConfigError, EverminiError
 
@@ -31,8 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, ask, pull, models, rm, doctor, config):
+for command in (serve, chat, ask, ingest, calibrate, pull, models, rm, doctor, config):
     app.command()(command)
+app.add_typer(contexts, name="contexts")
 
 
 def _print_version(wanted: bool) -> None:

@@ -24,11 +24,10 @@ from evermini.errors import ModelError
 from evermini.models.batch import IndexModel
 from evermini.recall.calibration import Calibration
 from evermini.recall.scan import BLOCK, KeyRun, block_mass, quantize_keys
-from evermini.recall.segment import Segment, TextTokenizer, tokenize
+from evermini.recall.segment import ModelTokenizer, Segment, TextTokenizer, tokenize
 from evermini.recall.select import NULL_QUESTION, smooth
 from evermini.recall.synthetic import KINDS, Document, generate
 from evermini.recall.windows import Windows
-from evermini.text.tokenizer import Tokenizer
 
 Head = tuple[int, int]
 
@@ -65,7 +64,7 @@ class _Measured:
     scores: list[Tensor]
 
 
-def default_prefix(tokenizer: Tokenizer) -> list[int]:
+def default_prefix(tokenizer: ModelTokenizer) -> list[int]:
     """Return what to put before every pass: the token a text begins with, and a line break."""
     first = tokenizer.bos_id if tokenizer.bos_id is not None else min(tokenizer.eos_ids)
     return [first, *tokenizer.encode("\n")]
@@ -78,7 +77,7 @@ def default_windows(prefix: Sequence[int], max_position: int) -> Windows:
 
 def calibrate(
     model: IndexModel,
-    tokenizer: TextTokenizer,
+    tokenizer: ModelTokenizer,
     weights: str,
     *,
     prefix: Sequence[int],

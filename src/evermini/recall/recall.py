@@ -26,6 +26,7 @@ from torch import Tensor
 from evermini.models.batch import IndexModel
 from evermini.recall.calibration import Calibration
 from evermini.recall.prompt import Span
+from evermini.recall.scan import BLOCK
 from evermini.recall.segment import Segment, TextTokenizer, tokenize
 from evermini.recall.select import (
     NULL_QUESTION,
@@ -283,6 +284,7 @@ class Recall:
         query_seconds = scan_seconds = 0.0
         chosen: dict[int, int] = {}
         taken: set[int] = set()
+        first: Tensor | None = None
         best: Tensor | None = None
         lead: list[int] = []
         rounds = 0
@@ -298,9 +300,13 @@ class Recall:
             scores[list(taken)] = 0  # a later round looks for what the earlier ones have not found
             scores = smooth(scores)
             scan_seconds += time.monotonic() - began
-            best = scores if best is None else torch.maximum(best, scores)
             before = set(taken)
-            peaks = take_blocks(scan, scores, policy, taken, policy.max_tokens - len(taken) * 32)
+            budget = policy.max_tokens - len(taken) * BLOCK
+            peaks = take_blocks(
+                scan, scores, policy, taken, budget, None if first is None else float(first.max())
+            )
+            first = scores if first is None else first
+            best = scores if best is None else torch.maximum(best, scores)
             chosen.update(dict.fromkeys(taken - before, rounds))
             if not taken - before:
                 break
@@ -311,8 +317,8 @@ class Recall:
             num_tokens=sum(span.end - span.start for span in spans),
             num_context_tokens=sum(len(segment.ids) for segment in opened),
             rounds=rounds,
-            top_score=float(best.max()) if best is not None else 0.0,
-            spread=spread(best) if best is not None else 0.0,
+            top_score=float(first.max()) if first is not None else 0.0,
+            spread=spread(first) if first is not None else 0.0,
             query_seconds=query_seconds,
             scan_seconds=scan_seconds,
         )

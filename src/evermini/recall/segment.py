@@ -33,6 +33,20 @@ class TextTokenizer(Protocol):
         ...
 
 
+class ModelTokenizer(TextTokenizer, Protocol):
+    """What calibration asks in addition."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token a text begins with, if there is one."""
+        ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens a text ends with."""
+        ...
+
+
 @dataclass(frozen=True)
 class Segment:
     """A piece of a long prompt.

@@ -37,7 +37,7 @@ class Policy:
 
     max_tokens: int = 2048
     neighbours: int = 2
-    falloff: float = 0.05
+    falloff: float = 0.2
     min_peaks: int = 3
     max_rounds: int = 2
 
@@ -123,16 +123,31 @@ def spread(scores: Tensor) -> float:
 
 
 def take_blocks(
-    scan: ContextScan, scores: Tensor, policy: Policy, taken: set[int], budget: int
+    scan: ContextScan,
+    scores: Tensor,
+    policy: Policy,
+    taken: set[int],
+    budget: int,
+    reference: float | None = None,
 ) -> list[int]:
-    """Add the best blocks with their neighbours to ``taken``, within ``budget`` tokens; return the chosen ones."""
+    """Add the best blocks with their neighbours to ``taken``, within ``budget`` tokens; return the chosen ones.
+
+    Args:
+        scan: The context.
+        scores: What the blocks got, (num_blocks,).
+        policy: How much to take.
+        taken: Blocks taken so far; grows.
+        budget: Tokens that may be added.
+        reference: The first round's best score, in later rounds: they take only what compares with it.
+    """
     peaks: list[int] = []
     if not scan.num_blocks:
         return peaks
     order = torch.topk(scores, min(scan.num_blocks, 4096)).indices.tolist()
-    floor = max(0.0, float(scores[order[0]]) * policy.falloff)
+    floor = max(0.0, (float(scores[order[0]]) if reference is None else reference) * policy.falloff)
+    min_peaks = policy.min_peaks if reference is None else 0
     for block in order:
-        if budget < BLOCK or (len(peaks) >= policy.min_peaks and scores[block] <= floor):
+        if budget < BLOCK or (len(peaks) >= min_peaks and scores[block] <= floor):
             break
         first, end = scan.segment_blocks(scan.block_place(block)[0])
         around = range(

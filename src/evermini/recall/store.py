@@ -1,5 +1,6 @@
 """The index on disk: what recall keeps of each segment, content-addressed.
 
+    HOME/recall/<index fingerprint>/calibration.json          what the index was made with
     HOME/recall/<index fingerprint>/<segment digest>.tokens   written at once, atomically
     HOME/recall/<index fingerprint>/<segment digest>.keys     append-only, one record per chunk, memory-mapped
     HOME/recall/.locks/<fingerprint>-<digest>.lock            held by the one writer of a segment
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +39,7 @@ _TOKENS_MAGIC = b"EVRTOK1\0"
 _RECORD = struct.Struct("<8sIII44x")  # magic, chunk, tokens, crc32
 _RECORD_MAGIC = b"EVRKEY1\0"
 _PREVIEW_CHARS = 120
+_CALIBRATION = "calibration.json"
 
 
 @dataclass(frozen=True)
@@ -220,16 +223,12 @@ class SegmentStore:
     def create(self, segment: Segment, ids: Ids, char_starts: Ids) -> IndexedSegment:
         """Write a segment's tokens; its keys follow with `IndexedSegment.write_chunk`."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(self.folder / _CALIBRATION, self.calibration.to_json().encode())
         path = self.folder / f"{segment.digest}.tokens"
         preview = " ".join(segment.text[: 4 * _PREVIEW_CHARS].split())[:_PREVIEW_CHARS].encode()
         body = preview + ids.tobytes() + char_starts.tobytes()
         header = _TOKENS.pack(_TOKENS_MAGIC, len(ids), len(preview), zlib.crc32(body))
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.write(header + body)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _write_atomically(path, header + body)
         return IndexedSegment(self.calibration, self.folder, segment.digest)
 
     @contextmanager
@@ -322,6 +321,12 @@ class SegmentStore:
         return damage
 
 
+def all_stores(home: Path) -> list[SegmentStore]:
+    """Return every index under a home folder."""
+    found = sorted((home / "recall").glob(f"*/{_CALIBRATION}"))
+    return [SegmentStore(home, Calibration.from_json(path.read_text())) for path in found]
+
+
 class _DamagedTokensError(Exception):
     """A tokens file is not what was written."""
 
@@ -345,3 +350,12 @@ def _write_all(descriptor: int, data: bytes, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,51 @@
+"""From a loaded index model to a working `Recall`: its calibration is looked up, or measured now and kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from evermini.models.batch import IndexModel
+from evermini.recall.calibrate import Plan, calibrate, default_prefix
+from evermini.recall.calibration import Calibration, find_calibration, save_calibration
+from evermini.recall.recall import Recall
+from evermini.recall.segment import ModelTokenizer
+from evermini.recall.store import SegmentStore
+
+logger = logging.getLogger(__name__)
+
+
+def load_calibration(
+    model: IndexModel, tokenizer: ModelTokenizer, weights: str, home: Path, *,
+    progress: Callable[[str], None] = logger.info, plan: Plan | None = None,
+) -> Calibration:  # fmt: skip
+    """Return a model's calibration, measuring an unknown model first (a minute or more).
+
+    Args:
+        model: The index model.
+        tokenizer: Its tokenizer.
+        weights: Its checkpoint's fingerprint.
+        home: Evermini's home folder, where a new calibration is kept.
+        progress: Told what is being measured.
+        plan: What to measure, if it must be.
+    """
+    found = find_calibration(home, weights)
+    if found is None:
+        found = calibrate(
+            model, tokenizer, weights, prefix=default_prefix(tokenizer), plan=plan, progress=progress
+        )  # fmt: skip
+        save_calibration(home, found)
+    return found
+
+
+def open_recall(
+    model: IndexModel, tokenizer: ModelTokenizer, weights: str, home: Path, *,
+    max_bytes: int | None = None,
+    gate: Callable[[], AbstractContextManager[object]] | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> Recall:  # fmt: skip
+    """Return recall with one index model; arguments as in `load_calibration`, `SegmentStore` and `Recall`."""
+    calibration = load_calibration(model, tokenizer, weights, home, progress=progress)
+    return Recall(model, tokenizer, SegmentStore(home, calibration, max_bytes), gate=gate)

@@ -1,0 +1,176 @@
+"""Recall's fast paths against slow oracles: the scan, the index pass, and both together on the real nano."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from evermini import kernels
+from evermini.models.checkpoint import open_checkpoint
+from evermini.models.decoder import Decoder
+from evermini.models.load import load_model
+from evermini.recall import scan
+from evermini.recall.calibrate import Plan, calibrate, default_prefix
+from evermini.recall.calibration import Calibration, find_calibration, save_calibration
+from evermini.recall.load import load_calibration, open_recall
+from evermini.recall.scan import BLOCK, KeyRun, block_mass, quantize_keys
+from evermini.recall.segment import cut
+from evermini.recall.select import Policy
+from evermini.recall.synthetic import KINDS, generate
+from evermini.text.tokenizer import Tokenizer
+
+needs_kernels = pytest.mark.skipif(kernels.load() is None, reason=str(kernels.unavailable_reason()))
+
+
+def random_runs(lengths, dim: int, seed: int = 0) -> tuple[list[KeyRun], torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    runs, whole, block = [], [], 0
+    for length in lengths:
+        keys = 2 * torch.randn(length, dim, generator=generator)
+        whole.append(keys)
+        runs.append(KeyRun(*quantize_keys(keys), block))
+        block += -(-length // BLOCK)
+    return runs, torch.cat(whole)
+
+
+def exact(queries: torch.Tensor, runs: list[KeyRun]) -> torch.Tensor:
+    """Softmax over all dequantised keys at once, in float64."""
+    scores = (
+        torch.cat([r.keys.double() * r.scales[:, None].double() for r in runs]) @ queries.double().T
+    )
+    mass = (scores * queries.shape[1] ** -0.5).softmax(0)
+    parts, at = [], 0
+    for run in runs:
+        part = mass[at : at + len(run.keys)]
+        at += len(run.keys)
+        parts.append(
+            torch.nn.functional.pad(part, (0, 0, 0, -len(part) % BLOCK))
+            .view(-1, BLOCK, part.shape[1])
+            .sum(1)
+        )
+    return torch.cat(parts)
+
+
+@needs_kernels
+@pytest.mark.parametrize("lengths", [[1], [31], [32], [33], [64, 5, 96, 1], [2048, 2048, 777]])
+@pytest.mark.parametrize(("dim", "num_queries"), [(64, 1), (64, 64), (128, 65), (20, 7)])
+def test_scan_is_exact_softmax(lengths, dim, num_queries):
+    runs, _ = random_runs(lengths, dim)
+    queries = 3 * torch.randn(num_queries, dim, generator=torch.Generator().manual_seed(1))
+    rounded, scales = quantize_keys(queries)
+    blocks = sum(-(-length // BLOCK) for length in lengths)
+    mass = block_mass(queries, runs, blocks)
+    assert mass.shape == (blocks, num_queries)
+    torch.testing.assert_close(
+        mass.double(), exact(rounded * scales[:, None], runs), rtol=1e-3, atol=1e-6
+    )
+
+
+@needs_kernels
+def test_native_scan_equals_pytorch(monkeypatch):
+    runs, _ = random_runs([500, 2048, 31], 64)
+    queries = torch.randn(70, 64, generator=torch.Generator().manual_seed(1)) * 5
+    native = block_mass(queries, runs, 81)
+    monkeypatch.setattr(scan.kernels, "load", lambda: None)
+    torch.testing.assert_close(native, block_mass(queries, runs, 81), rtol=1e-4, atol=1e-7)
+
+
+def test_int8_keys_and_queries_lose_little():
+    runs, keys = random_runs([4096], 64)
+    queries = 2 * torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+    mass = (keys @ queries.T / 8).softmax(0).view(-1, BLOCK, 40).sum(1)
+    moved = (block_mass(queries, runs, 128) - mass).abs().sum(0) / 2
+    assert moved.max() < 0.05
+
+
+def test_cut_into_runs_equals_whole():
+    """Bit for bit: where records end on disk cannot change what is found."""
+    (whole,), _ = random_runs([2048], 64)
+    queries = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    pieces = [
+        KeyRun(whole.keys[i : i + 96], whole.scales[i : i + 96], i // BLOCK) for i in range(0, 2048, 96)
+    ]  # fmt: skip
+    assert torch.equal(block_mass(queries, [whole], 64), block_mass(queries, pieces, 64))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(nano_path: Path) -> Tokenizer:
+    return Tokenizer(open_checkpoint(nano_path).tokenizer)
+
+
+@pytest.fixture(scope="module")
+def nano(nano_path: Path):
+    return load_model(open_checkpoint(nano_path), device="cpu", precision="int8")
+
+
+@needs_kernels
+def test_native_index_pass_follows_the_oracle(nano, nano_path, tokenizer):
+    ids = torch.tensor(tokenizer.encode(generate(5, 1200, 1).text))
+    layers = [4, 0, 6]
+    native = nano.index_pass(ids, layers)
+    oracle = Decoder(open_checkpoint(nano_path)).index_pass(ids, layers)
+    for (q, k), (q_exact, k_exact) in zip(native, oracle, strict=True):
+        assert q.shape == (len(ids), 9, 64)
+        assert k.shape == (len(ids), 3, 64)
+        assert (q - q_exact).norm() / q_exact.norm() < 0.05
+        assert (k - k_exact).norm() / k_exact.norm() < 0.05
+
+
+def test_index_pass_is_causal_and_repeatable(nano, tokenizer):
+    ids = torch.tensor(tokenizer.encode(generate(5, 1200, 1).text))
+    (q, k), (_, k_first) = nano.index_pass(ids, [3, 1])
+    again = nano.index_pass(ids[:100], [1, 3])
+    assert torch.equal(again[1][1], k[:100])
+    assert torch.equal(again[1][0], q[:100])
+    assert torch.equal(again[0][1], k_first[:100])
+
+
+def test_the_catalogue_is_calibrated(nano_path, tmp_path):
+    checkpoint = open_checkpoint(nano_path)
+    found = find_calibration(tmp_path, checkpoint.fingerprint)
+    assert found is not None
+    assert found.measured["chosen"]["recall_at_4"] > 0.9
+    assert max(found.layers) < 0.7 * checkpoint.config.num_layers
+
+
+def test_nano_finds_what_is_asked_and_where(nano, nano_path, tokenizer, tmp_path):
+    document = generate(77, 20_000, 3)
+    recall = open_recall(nano, tokenizer, open_checkpoint(nano_path).fingerprint, tmp_path)
+    context = cut(document.text, max_chars=8_000)
+    recall.ingest(context)
+    found = dict.fromkeys(KINDS, 0)
+    for question in document.questions:
+        selection = recall.ask(context, question.text, Policy(max_tokens=700))
+        assert selection.num_tokens <= 700 < selection.num_context_tokens / 5
+        start, end = question.gold[0]
+        found[question.kind] += any(
+            s.chars[0] <= start and end - 40 <= s.chars[1] for s in selection.spans
+        )
+    assert sum(found.values()) >= 10, found
+    assert found["lookalike"] == 3
+
+
+def test_an_unknown_model_calibrates_itself_once(nano, tokenizer, tmp_path):
+    plan = Plan(num_chars=2_500, questions_per_kind=1, max_depth=0.1)
+    said = []
+    first = load_calibration(nano, tokenizer, "unknown", tmp_path, progress=said.append, plan=plan)
+    assert len(said) == 3
+    assert first.weights == "unknown"
+    assert first.heads
+    assert max(first.layers) <= 2
+    assert load_calibration(nano, tokenizer, "unknown", tmp_path, progress=said.append) == first
+    assert len(said) == 3
+    again = calibrate(nano, tokenizer, "unknown", prefix=default_prefix(tokenizer), plan=plan)
+    assert again == first, "calibration is deterministic"
+
+
+def test_calibration_file_round_trip(tmp_path, nano_path):
+    calibration = find_calibration(tmp_path, open_checkpoint(nano_path).fingerprint)
+    assert calibration is not None
+    copy = Calibration.from_json(calibration.to_json())
+    assert copy == calibration
+    assert copy.fingerprint == calibration.fingerprint
+    save_calibration(tmp_path, copy)
+    assert find_calibration(tmp_path, calibration.weights) == calibration
