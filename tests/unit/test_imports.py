@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "service": {"errors", "config", "models", "engine", "recall", "text"},
     "api": {"errors", "config", "service"},
     "llm": {"errors", "config", "models", "service"},
-    "cli": {"errors", "config", "kernels", "models", "recall", "service", "api", "llm"},
+    "cli": {"errors", "config", "kernels", "models", "recall", "text", "service", "api", "llm"},
     "__main__": {"cli"},
     "__init__": {"llm"},
 }

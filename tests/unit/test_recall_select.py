@@ -82,14 +82,14 @@ def test_spans_are_in_order_disjoint_and_within_the_budget(tmp_path):
 
 def test_a_chain_of_facts_takes_a_second_round(tmp_path):
     lines = filler(4000).split("\n")
-    lines[50] = "the red warehouse belongs to Quillon"
-    lines[250] = "every tall Quillon hides keys inside a violin"
+    lines[50] = "the red warehouse belongs to Quillon Mirabel Ostrander"
+    lines[250] = "every Quillon Mirabel Ostrander hides keys inside a violin"
     text = "\n".join(lines)
     recall = fake_recall(tmp_path)
     ask = lambda rounds: recall.ask(  # noqa: E731
-        [Segment(text)], "red warehouse", Policy(max_rounds=rounds, min_peaks=1, falloff=0.1)
+        [Segment(text)], "red warehouse", Policy(max_rounds=rounds, min_peaks=1, falloff=0.015)
     )
-    second_hop = text.index("Quillon hides keys")
+    second_hop = text.index("Ostrander hides keys")
     covers = lambda s: any(span.chars[0] <= second_hop < span.chars[1] for span in s.spans)  # noqa: E731
     assert not covers(ask(1))
     assert covers(ask(2))
