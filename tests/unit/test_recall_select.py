@@ -87,7 +87,7 @@ def test_a_chain_of_facts_takes_a_second_round(tmp_path):
     text = "\n".join(lines)
     recall = fake_recall(tmp_path)
     ask = lambda rounds: recall.ask(  # noqa: E731
-        [Segment(text)], "red warehouse", Policy(max_rounds=rounds, min_peaks=1, falloff=0.015)
+        [Segment(text)], "the red warehouse", Policy(max_rounds=rounds, min_peaks=1, falloff=0.015)
     )
     second_hop = text.index("Ostrander hides keys")
     covers = lambda s: any(span.chars[0] <= second_hop < span.chars[1] for span in s.spans)  # noqa: E731
