@@ -79,7 +79,7 @@ class Layer(ctypes.Structure):
 class Workspace(ctypes.Structure):
     """``Workspace`` of evermini.h."""
 
-    _fields_ = (("act", Activation), ("qkv", _P), ("attn", _P), ("gate_up", _P))
+    _fields_ = (("act", Activation), ("qkv", _P), ("attn", _P), ("gated", _P))
 
 
 class Run(ctypes.Structure):
@@ -90,7 +90,7 @@ class Run(ctypes.Structure):
 
 _Ptr = ctypes.POINTER
 _SIGNATURES = {
-    "em_layer": (_Ptr(Shape), _Ptr(Layer), _Ptr(Batch), _Ptr(Workspace), _P, _P, _P),
+    "em_layers": (_Ptr(Shape), _P, _I, _Ptr(Batch), _Ptr(Workspace), _P, _Ptr(_P), _Ptr(_P)),
     "em_qkv": (_Ptr(Shape), _Ptr(Layer), _Ptr(Workspace), _P, _I),
     "em_logits": (_Ptr(Shape), _P, _Ptr(Linear), _Ptr(Workspace), _P, _I, _P),
     "em_scan": (_Ptr(Run), _I, _I, _P, _P, _I, _P, _P),

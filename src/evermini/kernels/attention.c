@@ -271,12 +271,14 @@ int64_t attention_plan(const Shape *s, const Batch *b, void **tasks_out, int64_t
     return count;
 }
 
-void attention_team(const Shape *s, const Batch *b, const void *plan, int64_t count, const float *qkv,
+void attention_team(Team *team, const Shape *s, const Batch *b, const void *plan, int64_t count, const float *qkv,
                     const uint16_t *k, const uint16_t *v, float *attn, float *partial) {
     const Task *tasks = plan;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < count; i++) run_task(s, b, &tasks[i], qkv, k, v, attn, partial);
-#pragma omp for schedule(dynamic, 1)
+    team_wait(team);
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t i = 0; i < count; i++)
         if (tasks[i].split == 0) combine(s, b, &tasks[i], attn, partial);
+    team_wait(team);
 }

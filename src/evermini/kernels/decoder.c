@@ -1,5 +1,7 @@
 /* The decoder layer around the linear layers and attention. One call runs one layer over the whole batch. */
 #include <math.h>
+#include <omp.h>
+#include <sched.h>
 #include <stdlib.h>
 #include "evermini.h"
 
@@ -91,47 +93,31 @@ static void rms_norm_row(const float *x, const float *weight, int64_t n, float e
 
 INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
 
-static void norm_quantize_team(const float *x, const float *weight, int64_t m, int64_t k, float eps, const Activation *out) {
-#pragma omp for schedule(static)
+static void norm_quantize_team(Team *team, const float *x, const float *weight, int64_t m, int64_t k, float eps, const Activation *out) {
+#pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < m; r++) {
         float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
         rms_norm_row(x + r * k, weight, k, eps, tmp);
         quantize_row(tmp, k, out, r);
     }
+    team_wait(team);
 }
 
-static void quantize_team(const float *x, int64_t m, int64_t k, const Activation *out) {
-#pragma omp for schedule(static)
+static void quantize_team(Team *team, const float *x, int64_t m, int64_t ldx, int64_t k, const Activation *out) {
+#pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < m; r++) {
         float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
-        memcpy(tmp, x + r * k, k * 4);
+        memcpy(tmp, x + r * ldx, k * 4);
         quantize_row(tmp, k, out, r);
     }
-}
-
-/* silu(gate) * up, quantised; gate_up rows are [gate (k) | up (k)]. */
-static void gate_quantize_team(const float *gate_up, int64_t m, int64_t k, const Activation *out) {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < m; r++) {
-        float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
-        const float *gate = gate_up + r * 2 * k, *up = gate + k;
-        int64_t i = 0;
-        for (; i + 16 <= k; i += 16) {
-            /* sigmoid from e^-|g|, which cannot overflow */
-            f32x16 g = loadf(gate + i), e = exp_nonpositive(-absf(g));
-            f32x16 numerator = selectf(g >= 0, splatf(1), e);
-            storef(tmp + i, g * numerator / (e + 1.0f) * loadf(up + i));
-        }
-        for (; i < k; i++) tmp[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
-        quantize_row(tmp, k, out, r);
-    }
+    team_wait(team);
 }
 
 /* Write rotated keys and plain values to KV memory; queries and keys in qkv stay unrotated. */
-static void store_kv_team(const Shape *s, const Batch *b, float *qkv, const float *q_norm, const float *k_norm,
+static void store_kv_team(Team *team, const Shape *s, const Batch *b, float *qkv, const float *q_norm, const float *k_norm,
                           uint16_t *k_cache, uint16_t *v_cache) {
     const int64_t d = s->head_dim, width = (s->num_heads + 2 * s->num_kv_heads) * d;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t t = 0; t < b->num_tokens; t++) {
         float *q = qkv + t * width, *k = q + s->num_heads * d, *v = k + s->num_kv_heads * d;
         if (q_norm) {
@@ -151,38 +137,67 @@ static void store_kv_team(const Shape *s, const Batch *b, float *qkv, const floa
             for (int64_t j = 0; j < d; j += 16) store_half(vd + j, loadf(v + h * d + j));
         }
     }
+    team_wait(team);
 }
 
-/* hidden (T, hidden_size) float32 is updated in place; ws->qkv is left holding the layer's unrotated q, k, v. */
-void em_layer(const Shape *s, const Layer *layer, const Batch *b, const Workspace *ws, float *hidden,
-              uint16_t *k_cache, uint16_t *v_cache) {
+void team_wait(Team *team) {
+    const int phase = __atomic_load_n(&team->phase, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->threads) {
+        team->arrived = 0;
+        __atomic_store_n(&team->phase, phase + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&team->phase, __ATOMIC_ACQUIRE) == phase; spins++) {
+        if (spins < 2000) {
+            spin_pause();
+        } else {
+            sched_yield();
+        }
+    }
+}
+
+/* First thing in every parallel region. */
+#define TEAM_START(team) _Pragma("omp single") (team).threads = omp_get_num_threads()
+
+/* `count` layers. hidden (T, hidden_size) float32 is updated in place; ws->qkv is left holding the last layer's
+ * unrotated q, k, v. k_caches and v_caches point at each layer's KV memory. */
+void em_layers(const Shape *s, const Layer *layers, int64_t count, const Batch *b, const Workspace *ws, float *hidden,
+               uint16_t *const *k_caches, uint16_t *const *v_caches) {
     const int64_t m = b->num_tokens, hidden_size = s->hidden_size, attn_size = s->num_heads * s->head_dim;
     int64_t partial_floats;
     void *plan;
-    const int64_t count = attention_plan(s, b, &plan, &partial_floats);
+    const int64_t tasks = attention_plan(s, b, &plan, &partial_floats);
     float *partial = thread_scratch(SCRATCH_PARTIAL, partial_floats * sizeof(float));
+    Team state = {0}, *team = &state;
 #pragma omp parallel
     {
-        norm_quantize_team(hidden, layer->input_norm, m, hidden_size, s->rms_eps, &ws->act);
-        linear_team(&layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, 0);
-        store_kv_team(s, b, ws->qkv, layer->q_norm, layer->k_norm, k_cache, v_cache);
-        attention_team(s, b, plan, count, ws->qkv, k_cache, v_cache, ws->attn, partial);
-        quantize_team(ws->attn, m, attn_size, &ws->act);
-        linear_team(&layer->o, &ws->act, m, hidden, hidden_size, 1);
-        norm_quantize_team(hidden, layer->post_norm, m, hidden_size, s->rms_eps, &ws->act);
-        linear_team(&layer->gate_up, &ws->act, m, ws->gate_up, layer->gate_up.n, 0);
-        gate_quantize_team(ws->gate_up, m, s->intermediate_size, &ws->act);
-        linear_team(&layer->down, &ws->act, m, hidden, hidden_size, 1);
+        TEAM_START(state);
+        for (int64_t i = 0; i < count; i++) {
+            const Layer *layer = &layers[i];
+            const int64_t gated_size = layer->gate_up.n / 2;
+            norm_quantize_team(team, hidden, layer->input_norm, m, hidden_size, s->rms_eps, &ws->act);
+            linear_team(team, &layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, STORE);
+            store_kv_team(team, s, b, ws->qkv, layer->q_norm, layer->k_norm, k_caches[i], v_caches[i]);
+            attention_team(team, s, b, plan, tasks, ws->qkv, k_caches[i], v_caches[i], ws->attn, partial);
+            quantize_team(team, ws->attn, m, attn_size, attn_size, &ws->act);
+            linear_team(team, &layer->o, &ws->act, m, hidden, hidden_size, ADD);
+            norm_quantize_team(team, hidden, layer->post_norm, m, hidden_size, s->rms_eps, &ws->act);
+            linear_team(team, &layer->gate_up, &ws->act, m, ws->gated, gated_size, GATE);
+            quantize_team(team, ws->gated, m, gated_size, s->intermediate_size, &ws->act);
+            linear_team(team, &layer->down, &ws->act, m, hidden, hidden_size, ADD);
+        }
     }
 }
 
 /* Only the unrotated q, k, v of a layer, into ws->qkv: all that retrieval needs of the last layer it reads. */
 void em_qkv(const Shape *s, const Layer *layer, const Workspace *ws, const float *hidden, int64_t m) {
     const int64_t d = s->head_dim, heads = s->num_heads + s->num_kv_heads;
+    Team state = {0}, *team = &state;
 #pragma omp parallel
     {
-        norm_quantize_team(hidden, layer->input_norm, m, s->hidden_size, s->rms_eps, &ws->act);
-        linear_team(&layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, 0);
+        TEAM_START(state);
+        norm_quantize_team(team, hidden, layer->input_norm, m, s->hidden_size, s->rms_eps, &ws->act);
+        linear_team(team, &layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, STORE);
         if (layer->q_norm) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < m; t++)
@@ -197,18 +212,22 @@ void em_qkv(const Shape *s, const Layer *layer, const Workspace *ws, const float
 /* Final norm and output projection: logits (m, vocabulary). */
 void em_logits(const Shape *s, const float *norm, const Linear *head, const Workspace *ws, const float *hidden, int64_t m,
                float *logits) {
+    Team state = {0}, *team = &state;
 #pragma omp parallel
     {
-        norm_quantize_team(hidden, norm, m, s->hidden_size, s->rms_eps, &ws->act);
-        linear_team(head, &ws->act, m, logits, head->n, 0);
+        TEAM_START(state);
+        norm_quantize_team(team, hidden, norm, m, s->hidden_size, s->rms_eps, &ws->act);
+        linear_team(team, head, &ws->act, m, logits, head->n, STORE);
     }
 }
 
 /* A quantised linear layer on its own (tests, adapters): x (m, k) float32 -> y (m, n). */
 void em_linear(const Linear *w, const Activation *act, const float *x, int64_t m, float *y) {
+    Team state = {0}, *team = &state;
 #pragma omp parallel
     {
-        quantize_team(x, m, w->k, act);
-        linear_team(w, act, m, y, w->n, 0);
+        TEAM_START(state);
+        quantize_team(team, x, m, w->k, w->k, act);
+        linear_team(team, w, act, m, y, w->n, STORE);
     }
 }

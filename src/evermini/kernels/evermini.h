@@ -1,4 +1,5 @@
-/* Types shared by the kernels. Functions named em_* are called from Python; *_team ones by all threads of a team. */
+/* Types shared by the kernels. Functions named em_* are called from Python; *_team ones by all threads of a team, and
+ * all threads' work is done when they return. */
 #ifndef EVERMINI_H
 #define EVERMINI_H
 #include "simd.h"
@@ -23,6 +24,15 @@ enum { SCRATCH_PANEL, SCRATCH_ATTENTION, SCRATCH_ROW, SCRATCH_TASKS, SCRATCH_PAR
 /* Grow-only, page-aligned memory of the calling thread, one piece per purpose. */
 void *thread_scratch(int which, size_t bytes);
 
+/* The threads of one parallel region. Between two pieces of work they meet in team_wait, which spins for some
+ * microseconds and then gives its core away: OpenMP's own barriers spin on, which halts a machine with busy cores. */
+typedef struct {
+    int threads;
+    _Alignas(64) int arrived;
+    _Alignas(64) int phase;
+} Team;
+void team_wait(Team *team);
+
 /* What one forward pass computes; see models/batch.py. */
 typedef struct {
     int64_t num_tokens, num_seqs, max_blocks;
@@ -45,14 +55,17 @@ typedef struct {
     const float *input_norm, *post_norm, *q_norm, *k_norm;
 } Layer;
 
-/* Room for T tokens: act for the widest input, qkv (T, qkv.n), attn (T, heads * head_dim), gate_up (T, 2 * intermediate). */
+/* Room for T tokens: act for the widest input, qkv (T, qkv.n), attn (T, heads * head_dim), gated (T, gate_up.n / 2). */
 typedef struct {
     Activation act;
-    float *qkv, *attn, *gate_up;
+    float *qkv, *attn, *gated;
 } Workspace;
 
-void linear_team(const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, int accumulate);
+/* STORE: y = x W^T. ADD: y += x W^T (a residual). GATE: W's rows are 32 gates, 32 factors, 32 gates, ... and y, half as
+ * wide, is silu(gate) * factor. */
+typedef enum { STORE, ADD, GATE } Output;
+void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output);
 int64_t attention_plan(const Shape *s, const Batch *b, void **tasks, int64_t *partial_floats);
-void attention_team(const Shape *s, const Batch *b, const void *tasks, int64_t count, const float *qkv,
+void attention_team(Team *team, const Shape *s, const Batch *b, const void *tasks, int64_t count, const float *qkv,
                     const uint16_t *k, const uint16_t *v, float *attn, float *partial);
 #endif

@@ -31,14 +31,38 @@ INLINE i32x16 input4(const int8_t *x) {
     return splati(v);
 }
 
-/* Scale one row's 16 sums and write them, adding the bias, or to what is there (a residual). */
-INLINE void finish(const Linear *w, i32x16 acc, float scale, int64_t n, float *y, int accumulate) {
+INLINE f32x16 scaled(const Linear *w, i32x16 acc, float scale, int64_t n) {
     f32x16 v = to_float(acc) * (loadf(w->scale + n) * scale);
-    if (w->bias) v += loadf(w->bias + n);
-    if (n + 16 <= w->n) {
-        storef(y + n, accumulate ? loadf(y + n) + v : v);
+    return w->bias ? v + loadf(w->bias + n) : v;
+}
+
+INLINE void write_vector(float *y, int64_t n, int64_t end, f32x16 v, Output output) {
+    if (n + 16 <= end) {
+        storef(y + n, output == ADD ? loadf(y + n) + v : v);
     } else {
-        for (int64_t i = 0; n + i < w->n; i++) y[n + i] = accumulate ? y[n + i] + v[i] : v[i];
+        for (int64_t i = 0; n + i < end; i++) y[n + i] = output == ADD ? y[n + i] + v[i] : v[i];
+    }
+}
+
+INLINE f32x16 silu(f32x16 g) {
+    const f32x16 e = exp_nonpositive(-absf(g)); /* sigmoid from e^-|g|, which cannot overflow */
+    return g * selectf(g >= 0, splatf(1), e) / (e + 1.0f);
+}
+
+/* Turn one row's `vectors` sums of a panel (vector i is number z0 + i * step) into outputs of y's row. */
+INLINE void finish(const Linear *w, const i32x16 *acc, int z0, int step, int vectors, float scale, int64_t n0, float *y,
+                   Output output) {
+    if (output == GATE) { /* the panel is 2 vectors of gates, then the 2 of their factors */
+        UNROLL for (int i = 0; i < vectors / 2; i++) {
+            const int64_t n = n0 + (z0 + i * step) * 16;
+            const f32x16 gate = scaled(w, acc[i], scale, n), up = scaled(w, acc[i + vectors / 2], scale, n + 32);
+            write_vector(y, n0 / 2 + (z0 + i * step) * 16, w->n / 2, silu(gate) * up, STORE);
+        }
+        return;
+    }
+    UNROLL for (int i = 0; i < vectors; i++) {
+        const int64_t n = n0 + (z0 + i * step) * 16;
+        write_vector(y, n, w->n, scaled(w, acc[i], scale, n), output);
     }
 }
 
@@ -65,9 +89,9 @@ INLINE i32x16 group_scales(int bits, const uint8_t *group, int z) {
     return v;
 }
 
-/* Few rows straight from the packed panel: `rows` x `vectors` sums, both compile-time constants. */
-INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, int z0, int vectors,
-                     const Activation *x, int64_t row0, int64_t n0, float *y, int64_t ldy, int accumulate) {
+/* Few rows straight from the packed panel: `rows` x `vectors` sums (every step-th vector from z0); constants all. */
+INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, int z0, int step, int vectors,
+                     const Activation *x, int64_t row0, int64_t n0, float *y, int64_t ldy, Output output) {
     i32x16 total[4][4];
     const int64_t groups = w->k_padded / GROUP;
     const int8_t *xq[4];
@@ -81,7 +105,7 @@ INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, 
     if (bits == 8) {
         for (int64_t k = 0; k < w->k_padded; k += 4) {
             i32x16 v[4];
-            UNROLL for (int z = 0; z < vectors; z++) v[z] = loadi(panel + k * PANEL + (z0 + z) * 64);
+            UNROLL for (int z = 0; z < vectors; z++) v[z] = loadi(panel + k * PANEL + (z0 + z * step) * 64);
             UNROLL for (int r = 0; r < rows; r++) {
                 i32x16 b = input4(xq[r] + k);
                 UNROLL for (int z = 0; z < vectors; z++) total[r][z] = dot4(total[r][z], v[z], b);
@@ -97,7 +121,7 @@ INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, 
             UNROLL for (int j = 0; j < 4; j++) {
                 UNROLL for (int z = 0; z < vectors; z++) {
                     i32x16 low, high;
-                    unpack(bits, group, j, z0 + z, &low, &high);
+                    unpack(bits, group, j, z0 + z * step, &low, &high);
                     UNROLL for (int r = 0; r < rows; r++) {
                         const int8_t *in = xq[r] + g * GROUP + j * 4;
                         acc[r][z] = dot4(acc[r][z], low, input4(in));
@@ -106,26 +130,25 @@ INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, 
                 }
             }
             UNROLL for (int z = 0; z < vectors; z++) {
-                i32x16 scale = group_scales(bits, group, z0 + z);
+                i32x16 scale = group_scales(bits, group, z0 + z * step);
                 UNROLL for (int r = 0; r < rows; r++) total[r][z] += acc[r][z] * scale;
             }
         }
     }
     for (int r = 0; r < rows; r++)
-        for (int z = 0; z < vectors; z++)
-            finish(w, total[r][z], x->scale[row0 + r], n0 + (z0 + z) * 16, y + (row0 + r) * ldy, accumulate);
+        finish(w, total[r], z0, step, vectors, x->scale[row0 + r], n0, y + (row0 + r) * ldy, output);
 }
 
 INLINE void few_rows_panel(const Linear *w, const uint8_t *panel, int bits, const Activation *x, int64_t m,
-                           int64_t n0, float *y, int64_t ldy, int accumulate) {
+                           int64_t n0, float *y, int64_t ldy, Output output) {
     int64_t row = 0;
     for (; row + 4 <= m; row += 4)
-        for (int z = 0; z < 4; z += 2) few_rows(w, panel, bits, 4, z, 2, x, row, n0, y, ldy, accumulate);
+        for (int z = 0; z < 2; z++) few_rows(w, panel, bits, 4, z, 2, 2, x, row, n0, y, ldy, output);
     if (row + 2 <= m) {
-        for (int z = 0; z < 4; z += 2) few_rows(w, panel, bits, 2, z, 2, x, row, n0, y, ldy, accumulate);
+        for (int z = 0; z < 2; z++) few_rows(w, panel, bits, 2, z, 2, 2, x, row, n0, y, ldy, output);
         row += 2;
     }
-    if (row < m) few_rows(w, panel, bits, 1, 0, 4, x, row, n0, y, ldy, accumulate);
+    if (row < m) few_rows(w, panel, bits, 1, 0, 1, 4, x, row, n0, y, ldy, output);
 }
 
 /* Write a panel's weights as u8 = weight + 128 in the 8-bit layout. */
@@ -153,7 +176,7 @@ INLINE void expand(const Linear *w, const uint8_t *panel, int bits, uint8_t *out
 
 /* `rows` (constant) x 64 channels over all inputs of an 8-bit panel. */
 INLINE void tile(const Linear *w, const uint8_t *panel, int rows, const Activation *x, int64_t row0,
-                 int64_t n0, float *y, int64_t ldy, int accumulate) {
+                 int64_t n0, float *y, int64_t ldy, Output output) {
     i32x16 acc[TILE][4];
     const int64_t groups = w->k_padded / GROUP;
     const int8_t *xq = x->q + row0 * w->k_padded;
@@ -170,40 +193,44 @@ INLINE void tile(const Linear *w, const uint8_t *panel, int rows, const Activati
         }
     }
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int z = 0; z < 4; z++)
-            finish(w, acc[r][z], x->scale[row0 + r], n0 + z * 16, y + (row0 + r) * ldy, accumulate);
+        finish(w, acc[r], 0, 1, 4, x->scale[row0 + r], n0, y + (row0 + r) * ldy, output);
 }
 
 static void tile_rows(const Linear *w, const uint8_t *panel, const Activation *x, int64_t row, int64_t end,
-                      int64_t n0, float *y, int64_t ldy, int accumulate) {
-    for (; row + TILE <= end; row += TILE) tile(w, panel, TILE, x, row, n0, y, ldy, accumulate);
-    switch (end - row) {
-    case 5: tile(w, panel, 5, x, row, n0, y, ldy, accumulate); break;
-    case 4: tile(w, panel, 4, x, row, n0, y, ldy, accumulate); break;
-    case 3: tile(w, panel, 3, x, row, n0, y, ldy, accumulate); break;
-    case 2: tile(w, panel, 2, x, row, n0, y, ldy, accumulate); break;
-    case 1: tile(w, panel, 1, x, row, n0, y, ldy, accumulate); break;
+                      int64_t n0, float *y, int64_t ldy, Output output) {
+    for (int64_t n; row < end; row += n) {
+        const int64_t tiles = (end - row + TILE - 1) / TILE;
+        n = (end - row + tiles - 1) / tiles; /* evenly: 8 rows are 4 + 4 */
+        switch (n) {
+        case 6: tile(w, panel, 6, x, row, n0, y, ldy, output); break;
+        case 5: tile(w, panel, 5, x, row, n0, y, ldy, output); break;
+        case 4: tile(w, panel, 4, x, row, n0, y, ldy, output); break;
+        case 3: tile(w, panel, 3, x, row, n0, y, ldy, output); break;
+        case 2: tile(w, panel, 2, x, row, n0, y, ldy, output); break;
+        default: tile(w, panel, 1, x, row, n0, y, ldy, output);
+        }
     }
 }
 
-void linear_team(const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, int accumulate) {
+void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output) {
     const int64_t panels = (w->n + PANEL - 1) / PANEL, stride = panel_bytes(w);
     if (m < FEW_ROWS) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t p = 0; p < panels; p++) {
             const uint8_t *panel = w->data + p * stride;
             switch (w->bits) {
-            case 4: few_rows_panel(w, panel, 4, x, m, p * PANEL, y, ldy, accumulate); break;
-            case 5: few_rows_panel(w, panel, 5, x, m, p * PANEL, y, ldy, accumulate); break;
-            case 6: few_rows_panel(w, panel, 6, x, m, p * PANEL, y, ldy, accumulate); break;
-            default: few_rows_panel(w, panel, 8, x, m, p * PANEL, y, ldy, accumulate);
+            case 4: few_rows_panel(w, panel, 4, x, m, p * PANEL, y, ldy, output); break;
+            case 5: few_rows_panel(w, panel, 5, x, m, p * PANEL, y, ldy, output); break;
+            case 6: few_rows_panel(w, panel, 6, x, m, p * PANEL, y, ldy, output); break;
+            default: few_rows_panel(w, panel, 8, x, m, p * PANEL, y, ldy, output);
             }
         }
+        team_wait(team);
         return;
     }
     const int64_t chunk = 258, chunks = (m + chunk - 1) / chunk; /* 43 tiles: rows and panel stay in L2 */
     uint8_t *scratch = w->bits == 8 ? NULL : thread_scratch(SCRATCH_PANEL, w->k_padded * PANEL);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (int64_t t = 0; t < panels * chunks; t++) {
         const int64_t p = t % panels, row = t / panels * chunk, end = row + chunk < m ? row + chunk : m;
         const uint8_t *panel = w->data + p * stride;
@@ -212,6 +239,7 @@ void linear_team(const Linear *w, const Activation *x, int64_t m, float *y, int6
         case 5: expand(w, panel, 5, scratch); panel = scratch; break;
         case 6: expand(w, panel, 6, scratch); panel = scratch; break;
         }
-        tile_rows(w, panel, x, row, end, p * PANEL, y, ldy, accumulate);
+        tile_rows(w, panel, x, row, end, p * PANEL, y, ldy, output);
     }
+    team_wait(team);
 }

@@ -18,6 +18,14 @@ typedef int16_t i16x32 __attribute__((vector_size(64)));
 typedef uint8_t u8x64 __attribute__((vector_size(64)));
 
 #define INLINE static inline __attribute__((always_inline))
+INLINE void spin_pause(void) {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 #define UNROLL _Pragma("GCC unroll 16")
 
 INLINE f32x16 loadf(const float *p) { f32x16 v; memcpy(&v, p, 64); return v; }

@@ -1,4 +1,4 @@
-"""The decoder on `evermini.kernels`: integer weights, half-precision KV memory, one native call per layer.
+"""The decoder on `evermini.kernels`: integer weights, half-precision KV memory, one native call per pass.
 
 Batch-invariant: a token's logits are the same bit for bit whatever else is in the batch, however its prompt was cut
 into chunks, and whether its prefix came from the cache (reasons in kernels/linear.c and kernels/attention.c).
@@ -24,6 +24,11 @@ from evermini.models.quantize import GROUP
 from evermini.models.rope import rope_tables
 
 
+def padded_to(size: int, multiple: int) -> int:
+    """Return ``size`` rounded up."""
+    return -(-size // multiple) * multiple
+
+
 def linear_struct(
     weights: Mapping[str, Tensor], name: str, n: int, k: int, bits: int
 ) -> kernels.Linear:
@@ -33,7 +38,7 @@ def linear_struct(
         weights[f"{name}.data"].data_ptr(),
         weights[f"{name}.scale"].data_ptr(),
         None if bias is None else bias.data_ptr(),
-        n, k, -(-k // GROUP) * GROUP, bits,
+        n, k, padded_to(k, GROUP), bits,
     )  # fmt: skip
 
 
@@ -41,7 +46,7 @@ class ActivationBuffer:
     """Room for ``rows`` quantised rows of up to ``width`` inputs."""
 
     def __init__(self, rows: int, width: int) -> None:
-        padded = -(-width // GROUP) * GROUP
+        padded = padded_to(width, GROUP)
         self.q = torch.empty(rows, padded, dtype=torch.int8)
         self.scale = torch.empty(rows)
         self.group_sums = torch.empty(rows, padded // GROUP + 1, dtype=torch.int32)
@@ -61,9 +66,9 @@ class _Workspace:
         )
         self.qkv = torch.empty(rows, attention + 2 * config.num_kv_heads * config.head_dim)
         self.attn = torch.empty(rows, attention)
-        self.gate_up = torch.empty(rows, 2 * config.intermediate_size)
+        self.gated = torch.empty(rows, padded_to(config.intermediate_size, 32))
         self.struct = kernels.Workspace(
-            self.act.struct, self.qkv.data_ptr(), self.attn.data_ptr(), self.gate_up.data_ptr()
+            self.act.struct, self.qkv.data_ptr(), self.attn.data_ptr(), self.gated.data_ptr()
         )
 
 
@@ -85,7 +90,8 @@ class NativeDecoder:
         self.config: ModelConfig = checkpoint.config
         config = self.config
         self._weights = open_packed(checkpoint, bits, home or default_home())
-        self._layers = [self._layer_struct(index, bits) for index in range(config.num_layers)]
+        structs = [self._layer_struct(index, bits) for index in range(config.num_layers)]
+        self._layers = (kernels.Layer * config.num_layers)(*structs)
         self._head = linear_struct(
             self._weights, "head", config.vocab_size, config.hidden_size, max(bits, 6)
         )
@@ -105,7 +111,7 @@ class NativeDecoder:
         shapes = {
             "qkv": (fused, hidden),
             "o": (hidden, attention),
-            "gate_up": (2 * inner, hidden),
+            "gate_up": (2 * padded_to(inner, 32), hidden),
             "down": (hidden, inner),
         }
         norms = [
@@ -125,16 +131,26 @@ class NativeDecoder:
         """Write the batch's keys and values into ``kv``; return logits (R, vocab_size) float32."""
         hidden = self._weights["embedding"][batch.token_ids].float()
         pointers = self._batch_struct(batch)
-        for index in range(self.config.num_layers):
-            self.run_layer(index, hidden, pointers, kv)
+        workspace = self._workspace_for(hidden.shape[0])
+        self._run_layers(0, self.config.num_layers, hidden, pointers, kv, workspace)
         return self._logits(hidden[batch.logits_rows])
 
-    def run_layer(self, index: int, hidden: Tensor, batch: kernels.Batch, kv: KVCache) -> None:
-        """Update ``hidden`` (T, hidden_size) in place; the layer's keys and values go to ``kv``."""
-        self._library.em_layer(
-            ctypes.byref(self._shape), ctypes.byref(self._layers[index]), ctypes.byref(batch),
-            ctypes.byref(self._workspace_for(hidden.shape[0])), hidden.data_ptr(),
-            kv.k[index].data_ptr(), kv.v[index].data_ptr(),
+    def _run_layers(
+        self,
+        first: int,
+        count: int,
+        hidden: Tensor,
+        batch: kernels.Batch,
+        kv: KVCache,
+        workspace: _Workspace,
+    ) -> None:
+        """Update ``hidden`` (T, hidden_size) in place by ``count`` layers; their keys and values go to ``kv``."""
+        pointers = ctypes.c_void_p * count
+        self._library.em_layers(
+            ctypes.byref(self._shape), ctypes.byref(self._layers, first * ctypes.sizeof(kernels.Layer)), count,
+            ctypes.byref(batch), ctypes.byref(workspace.struct), hidden.data_ptr(),
+            pointers(*(tensor.data_ptr() for tensor in kv.k[:count])),
+            pointers(*(tensor.data_ptr() for tensor in kv.v[:count])),
         )  # fmt: skip
 
     @torch.inference_mode()
@@ -147,18 +163,17 @@ class NativeDecoder:
         batch = whole_prompt(token_ids)
         kv = KVCache(replace(config, num_layers=1), -(-length // BLOCK_SIZE), self.kv_dtype)
         hidden = self._weights["embedding"][token_ids].float()
-        shape, pointers = ctypes.byref(self._shape), self._batch_struct(batch)
+        pointers = self._batch_struct(batch)
         num_heads = config.num_heads
         wanted: dict[int, QueriesKeys] = {}
         for index in range(last + 1):
-            layer, room = ctypes.byref(self._layers[index]), ctypes.byref(workspace.struct)
             if index == last:
-                self._library.em_qkv(shape, layer, room, hidden.data_ptr(), length)
-            else:
-                self._library.em_layer(
-                    shape, layer, ctypes.byref(pointers), room, hidden.data_ptr(),
-                    kv.k[0].data_ptr(), kv.v[0].data_ptr(),
+                self._library.em_qkv(
+                    ctypes.byref(self._shape), ctypes.byref(self._layers[index]),
+                    ctypes.byref(workspace.struct), hidden.data_ptr(), length,
                 )  # fmt: skip
+            else:
+                self._run_layers(index, 1, hidden, pointers, kv, workspace)
             if index in layers:
                 qkv = workspace.qkv[:length].view(length, -1, config.head_dim)
                 wanted[index] = (
@@ -173,14 +188,14 @@ class NativeDecoder:
         if rows:
             self._library.em_logits(
                 ctypes.byref(self._shape), self._weights["norm"].data_ptr(), ctypes.byref(self._head),
-                ctypes.byref(self._workspace_for(rows)), hidden.data_ptr(), rows, logits.data_ptr(),
+                ctypes.byref(self._workspace_for(rows).struct), hidden.data_ptr(), rows, logits.data_ptr(),
             )  # fmt: skip
         return logits
 
-    def _workspace_for(self, rows: int) -> kernels.Workspace:
+    def _workspace_for(self, rows: int) -> _Workspace:
         if self._workspace.rows < rows:
             self._workspace = _Workspace(self.config, rows)
-        return self._workspace.struct
+        return self._workspace
 
     @staticmethod
     def _batch_struct(batch: ForwardBatch) -> kernels.Batch:

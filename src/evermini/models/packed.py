@@ -1,9 +1,9 @@
 """Packed weights on disk: quantised once, then memory-mapped.
 
 Quantising a 0.5B checkpoint takes seconds and gigabytes of scratch memory; mapping the result takes neither, and
-several processes share its pages. One file per weights and precision lies under ``EVERMINI_HOME/packed``. It is a safetensors
-file (any reader opens it) whose tensors start at multiples of 64 bytes, written under another name and renamed when
-whole. Its metadata tells the format version and the checkpoint's fingerprint, both part of the file's name too.
+several processes share its pages. One file per weights and precision lies under ``EVERMINI_HOME/packed``. It is a
+safetensors file (any reader opens it) whose tensors start at multiples of 64 bytes, written under another name and
+renamed when whole. Its metadata tells the format version and the checkpoint's fingerprint, both part of its name too.
 
     weights = open_packed(checkpoint, 8, home)       # dict of tensors; quantises on first use
     weights["layers.0.qkv.data"]                     # bytes that kernels/linear.c reads
@@ -33,7 +33,7 @@ from evermini.models.store import PACKED
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -77,7 +77,7 @@ def _pack(checkpoint: Checkpoint, bits: int) -> Iterator[tuple[str, Tensor]]:
         p, prefix = load_layer(checkpoint, index), f"layers.{index}."
         yield from pack_linear(prefix + "qkv", p.qkv, p.qkv_bias, bits)
         yield from pack_linear(prefix + "o", p.o, p.o_bias, bits)
-        yield from pack_linear(prefix + "gate_up", p.gate_up, None, bits)
+        yield from pack_linear(prefix + "gate_up", interleave(p.gate_up), None, bits)
         yield from pack_linear(prefix + "down", p.down, None, bits)
         norms = {
             "input_norm": p.input_norm,
@@ -86,6 +86,17 @@ def _pack(checkpoint: Checkpoint, bits: int) -> Iterator[tuple[str, Tensor]]:
             "k_norm": p.k_norm,
         }
         yield from ((prefix + key, norm) for key, norm in norms.items() if norm is not None)
+
+
+def interleave(gate_up: Tensor) -> Tensor:
+    """Reorder the fused rows (gates, then their factors) to 32 gates, 32 factors, 32 gates, ...
+
+    So both of a pair lie in one panel and the kernel writes silu(gate) * factor. An inner size that is no multiple of
+    32 is padded with zero rows.
+    """
+    gate, up = (F.pad(half, (0, 0, 0, -half.shape[0] % 32)) for half in gate_up.chunk(2))
+    pairs = torch.stack([gate.unflatten(0, (-1, 32)), up.unflatten(0, (-1, 32))], 1)
+    return pairs.flatten(0, 2)
 
 
 def pack_linear(

@@ -25,8 +25,6 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
         return frequencies
     if kind == "linear":
         return frequencies / float(scaling["factor"])
-    if kind == "factors":  # GGUF stores llama3's scaling as one divisor per pair
-        return frequencies / torch.tensor(scaling["factors"], dtype=torch.float64)
     if kind == "llama3":
         return _llama3(frequencies, scaling)
     raise UnsupportedArchitectureError(
