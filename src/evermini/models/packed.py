@@ -95,8 +95,8 @@ def interleave(gate_up: Tensor) -> Tensor:
     32 is padded with zero rows.
     """
     gate, up = (F.pad(half, (0, 0, 0, -half.shape[0] % 32)) for half in gate_up.chunk(2))
-    pairs = torch.stack([gate.unflatten(0, (-1, 32)), up.unflatten(0, (-1, 32))], 1)
-    return pairs.flatten(0, 2)
+    width = gate.shape[1]
+    return torch.stack([gate.view(-1, 32, width), up.view(-1, 32, width)], 1).view(-1, width)
 
 
 def pack_linear(

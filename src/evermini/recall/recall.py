@@ -340,7 +340,7 @@ class Recall:
         ids: list[int] = []
         for block in sorted(blocks):
             segment, start = scan.block_place(block)
-            ids += scan.segments[segment].ids[max(0, start - 16) : start + 48].tolist()
+            ids += scan.segments[segment].ids[max(0, start - 8) : start + 40].tolist()
         return ids
 
     @staticmethod
