@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from evermini.errors import RecallDiskError
 from evermini.recall.recall import Recall
@@ -211,9 +212,44 @@ def test_another_calibration_is_another_index():
     assert fake_calibration().fingerprint == fake_calibration().fingerprint
 
 
-def test_an_evicted_segment_stays_readable_to_who_has_it_open(tmp_path):
+def test_an_evicted_segment_is_made_again(tmp_path):
     recall = fake_recall(tmp_path)
     context = [Segment(TEXT + "\nthe zebra password is tulip\n")]
     before = recall.ask(context, "zebra password")
     assert recall.store.remove(recall.calibration.fingerprint, context[0].digest)
     assert recall.ask(context, "zebra password").spans == before.spans
+    assert recall.verify() == []
+    assert fake_recall(tmp_path).missing_tokens(context) == 0
+
+
+def test_a_segment_in_use_stays_readable_when_it_is_evicted(tmp_path):
+    recall = fake_recall(tmp_path)
+    segment = Segment(TEXT)
+    recall.ingest([segment])
+    opened = recall.store.open(segment.digest)
+    keys = [keys.clone() for keys, _ in opened.chunk_keys(0)]
+    recall.store.remove(recall.calibration.fingerprint, segment.digest)
+    assert all(torch.equal(a, b) for a, (b, _) in zip(keys, opened.chunk_keys(0), strict=True))
+
+
+def test_asking_and_ingesting_at_once(tmp_path):
+    """Threads share one recall: each gets the answer it would get alone."""
+    recall = fake_recall(tmp_path)
+    contexts = [
+        [Segment(filler(900, seed) + f"\nthe zebra{seed} password is tulip")] for seed in range(6)
+    ]
+    recall._tokenizer.encode(" ".join(context[0].text for context in contexts) + " zebra password")
+    found = {}
+
+    def ask(i: int) -> None:
+        found[i] = recall.ask(contexts[i % 6], f"the zebra{i % 6} password")
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for i, selection in found.items():
+        assert selection.spans == recall.ask(contexts[i % 6], f"the zebra{i % 6} password").spans
+    assert len(found) == 12
+    assert recall.verify() == []

@@ -171,6 +171,8 @@ class Recall:
             if segment.is_complete and digest in self._open:
                 continue
             with self.store.writing(digest):
+                if not self.store.touch(digest):  # evicted in the meantime, by another process
+                    self.store.create(unique[digest], segment.ids, segment.char_starts)
                 for chunk in segment.damaged_chunks():
                     logger.warning("%s; computing it again", Damage(digest, chunk))
                     self._index_chunk(segment, chunk)

@@ -20,7 +20,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,10 +202,13 @@ class SegmentStore:
         self.calibration = calibration
         self.max_bytes = max_bytes
 
-    def touch(self, digest: str) -> None:
-        """Mark a segment used."""
-        with suppress(FileNotFoundError):
+    def touch(self, digest: str) -> bool:
+        """Mark a segment used; false if it is not there (any more)."""
+        try:
             os.utime(self.folder / f"{digest}.tokens")
+        except FileNotFoundError:
+            return False
+        return True
 
     def open(self, digest: str) -> IndexedSegment | None:
         """Return a segment whose tokens are there (its keys may be incomplete) and mark it used.
