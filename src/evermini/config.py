@@ -170,6 +170,12 @@ class Settings:
         shown="one per physical core",
         metavar="N",
     )
+    recall: bool = _setting(
+        True,
+        "Answer chats longer than the model's window, up to 1,047,576 tokens, from the excerpts that the question "
+        "needs.",
+        group="Recall",
+    )
     recall_disk: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
         16 * 1024**3,
         "Disk space for the index of long contexts; the least recently used go first.",

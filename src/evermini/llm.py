@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar, overload
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from evermini.service.chat import ChatChoice
     from evermini.service.completions import TextChoice, TextDelta
     from evermini.service.generation import Delta, Usage
+    from evermini.service.reading import OnProgress, Recalled
 
 T = TypeVar("T")
 
@@ -75,12 +77,14 @@ class Answer(Generic[ChoiceT]):
         choices: The ``n`` answers, by index.
         usage: Tokens of the prompt, of them cached, and of all choices.
         seconds: From the call to the last token.
+        recalled: How a prompt longer than the window was read; else ``None``.
     """
 
     model: str
     choices: Sequence[ChoiceT]
     usage: Usage
     seconds: float
+    recalled: Recalled | None = None
 
     @property
     def text(self) -> str:
@@ -102,9 +106,13 @@ class AnswerStream(Generic[DeltaT]):
         finish_reason: Why the first choice ended; ``None`` until it has.
         first_token_seconds: From the call to the first delta; ``None`` until then.
         seconds: From the call to the latest delta.
+        recalled: How a prompt longer than the window was read; else ``None``.
     """
 
-    def __init__(self, llm: LLM, run: _Run[DeltaT], started: float) -> None:
+    def __init__(
+        self, llm: LLM, run: _Run[DeltaT], started: float, recalled: Recalled | None = None
+    ) -> None:
+        self.recalled = recalled
         self.model = llm.info.id
         self.text = ""
         self.finish_reason: str | None = None
@@ -207,35 +215,50 @@ class LLM:
         messages: Sequence[Mapping[str, Any]],
         *,
         stream: Literal[False] = False,
+        progress: OnProgress | None = None,
         **params: Any,
     ) -> Answer[ChatChoice]: ...
     @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **params: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        progress: OnProgress | None = None,
+        **params: Any,
     ) -> AnswerStream[Delta]: ...
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **params: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        progress: OnProgress | None = None,
+        **params: Any,
     ) -> Answer[ChatChoice] | AnswerStream[Delta]:
-        """Answer a conversation.
+        """Answer a conversation; one longer than the model's window from the excerpts that its last message needs.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each.
             stream: Return an iterator over the answer as it is written.
+            progress: Told, from another thread, how reading a long text for the first time goes.
             **params: Those of ``/v1/chat/completions``: ``max_completion_tokens``, ``temperature``, ``top_p``, ``n``,
                 ``stop``, ``seed``, ``logprobs``, ``top_logprobs``, ``logit_bias``, ``presence_penalty``,
-                ``frequency_penalty``.
+                ``frequency_penalty``, ``x_evermini``.
 
         Raises:
-            ContextLengthError: Prompt and output do not fit into the model's window.
+            ContextLengthError: The prompt is longer than `ModelInfo.context_window`, or prompt and output do not fit
+                into the model's window and recall is off or cannot help.
             InvalidRequestError: A parameter is unknown, malformed or out of range.
         """
         started = time.perf_counter()
         body = {**params, "model": self.info.id, "messages": [dict(item) for item in messages]}
-        run = self._call(chat_service.start, self._served, parse_chat({**body, "stream": stream}))
+        request = parse_chat({**body, "stream": stream})
+        run = self._call(partial(chat_service.start, self._served, request, progress=progress))
         if stream:
-            return AnswerStream(self, run, started)
+            return AnswerStream(self, run, started, run.recalled)
         choices = self._call(run.collect)
-        return Answer(self.info.id, choices, run.usage, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Answer(self.info.id, choices, run.usage, seconds, run.recalled)
 
     @overload
     def complete(

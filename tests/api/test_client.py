@@ -517,7 +517,12 @@ class TestErrors:
             assert "8192 in the completion" in error.message
         long = [{"role": "user", "content": "word " * 9000}]
         with pytest.raises(openai.BadRequestError, match="resulted in 90") as caught:
-            chat(client, messages=long, max_completion_tokens=None)
+            chat(
+                client,
+                messages=long,
+                max_completion_tokens=None,
+                extra_body={"x_evermini": {"reading": "dense"}},
+            )
         assert caught.value.code == "context_length_exceeded"
         with pytest.raises(openai.BadRequestError, match="in your prompt; 16 for"):
             complete(client, prompt="word " * 9000)

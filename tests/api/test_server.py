@@ -369,7 +369,11 @@ class TestDisconnects:
 
 class TestResponsiveness:
     async def test_a_huge_prompt_does_not_hold_up_others(self, base_url: str) -> None:
-        huge = {**CHAT, "messages": [{"role": "user", "content": "many words here " * 100_000}]}
+        huge = {
+            **CHAT,
+            "messages": [{"role": "user", "content": "many words here " * 100_000}],
+            "x_evermini": {"reading": "dense"},
+        }
         async with httpx.AsyncClient(timeout=60) as client:
             await client.get(f"{base_url}/healthz")
             task = asyncio.create_task(client.post(f"{base_url}/v1/chat/completions", json=huge))

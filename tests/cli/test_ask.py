@@ -1,6 +1,7 @@
 """``evermini ask``: what goes into the prompt, what comes out where, and every way to be wrong."""
 
 import json
+import re
 
 import pytest
 
@@ -92,13 +93,41 @@ def test_stop_ends_before_the_text(evermini):
     assert cut.rstrip("\n") == whole.partition("France")[0]
 
 
-def test_what_does_not_fit_is_an_error_with_both_counts(evermini, tmp_path, llm):
-    (tmp_path / "long.txt").write_text("word " * 9000)
-    result = evermini("ask", "-f", "long.txt", "How many words?")
+def test_a_file_longer_than_the_window_is_answered_from_what_it_says(evermini, tmp_path):
+    lines = [f"Box {i} holds {i * 37 % 1009} nails and a label in Latin." for i in range(800)]
+    lines[567] = "The captain's parrot is called Biscuit."
+    (tmp_path / "long.txt").write_text("\n".join(lines))
+    question = (
+        "ask",
+        "-f",
+        "long.txt",
+        "--why",
+        "-v",
+        "--max-tokens",
+        "16",
+        "What is the captain's parrot called?",
+    )
+    result = evermini(*question)
+    assert result.code == 0, result.err
+    assert "Biscuit" in result.out
+    places = re.findall(r"long\.txt:(\d+)-(\d+)", result.err)
+    assert any(int(first) <= 568 <= int(last) for first, last in places)
+    assert "tokens/s" in result.err or "tokens, " in result.err
+    again = evermini(*question)
+    assert again.out == result.out
+    assert " cached)" in again.err
+
+
+def test_why_of_what_fits(evermini):
+    assert "Everything was read" in evermini("ask", "--why", "--max-tokens", "2", "Hello!").err
+
+
+def test_what_does_not_fit_is_an_error_with_both_counts(evermini):
+    result = evermini("ask", "--max-tokens", "8190", "Hello!")
     assert result.code == 1
     assert result.out == ""
-    assert f"maximum context length is {llm.info.context_window} tokens" in result.err
-    assert "resulted in 90" in result.err
+    assert "maximum context length is 8192 tokens" in result.err
+    assert "8190 in the completion" in result.err
     assert "Traceback" not in result.err
 
 

@@ -24,12 +24,14 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
     runtime: Runtime = request.app.state.runtime
     wanted = await read_request(request, parse_chat)
-    run = await chat.start(
+    starting = chat.start(
         runtime.resolve(wanted.model),
         wanted,
         metrics=runtime.metrics,
         arrived=request.state.arrived,
     )
+    # A long text is read before there is a run to abort.
+    run = await sse.unless_disconnected(request, starting)
     if wanted.stream:
         return sse.EventStream(_events(run), run.abort)
     try:

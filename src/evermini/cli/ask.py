@@ -56,6 +56,13 @@ def ask(
     frequency_penalty: Annotated[
         float, typer.Option(help="From -2 to 2: above 0, less of what was said often.")
     ] = 0.0,
+    why: Annotated[
+        bool,
+        typer.Option(
+            "--why",
+            help="Print to stderr which passages of a long text were read, with their scores.",
+        ),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Print token counts and speed to stderr.")
     ] = False,
@@ -70,7 +77,8 @@ def ask(
     evermini ask -f main.py -f util.py "Where is the bug?"
     git diff | evermini ask -v "Write a commit message."
 
-    Nothing is ever cut: what does not fit into the model's window is an error with the token counts.
+    Files longer than the model's window are read once, kept indexed, and answered from the passages that the question
+    needs: for facts to look up, not for summaries or counts of the whole. See `evermini contexts`.
     """  # noqa: D301 (\b, a real backspace, keeps the examples' line breaks in --help)
     piped = _piped_input()
     if question is None:
@@ -91,7 +99,7 @@ def ask(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
     }
-    _answer(loaded, messages, params, as_json=as_json, verbose=verbose)
+    _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
 
 
 def build_prompt(documents: list[tuple[str, str]], question: str) -> str:
@@ -109,16 +117,22 @@ def _answer(
     *,
     as_json: bool,
     verbose: bool,
+    why: bool,
 ) -> None:
+    from evermini.cli.reading import reading_bar, why_lines
     from evermini.cli.talk import as_json_object, open_llm, speed_line, warn_if_cut
 
     with open_llm(loaded.settings) as llm:
-        with llm.chat(messages, stream=True, **params) as stream:
+        with reading_bar() as progress:
+            stream = llm.chat(messages, stream=True, progress=progress, **params)
+        with stream:
             for delta in stream:
                 if not as_json:
                     print(delta.text, end="", flush=True)
         print(as_json_object(stream) if as_json else "")
         warn_if_cut(stream.finish_reason, params["max_completion_tokens"])
+        if why:
+            print(*why_lines(stream.recalled), sep="\n", file=sys.stderr)
         if verbose:
             print(speed_line(stream), file=sys.stderr)
 

@@ -20,7 +20,9 @@ from evermini.config import (
     shown_default,
 )
 
-MODEL_SETTINGS = ("model", "home", "weights_dir", "device", "precision", "threads", "kv_memory")
+MODEL_SETTINGS = (
+    "model", "home", "weights_dir", "device", "precision", "threads", "kv_memory", "recall", "recall_disk",
+)  # fmt: skip
 """The settings that matter to a command that runs a model in its own process."""
 
 _SHORT = {"model": "-m"}

@@ -156,12 +156,14 @@ def warn_if_cut(finish_reason: str | None, max_tokens: int | None) -> None:
 def speeds(stream: AnswerStream[Any]) -> dict[str, float | None]:
     """Return an answer's times in seconds and speeds in tokens per second; ``None`` where there is nothing to measure.
 
-    Prefill counts the prompt tokens that were not cached, up to the first token; decoding, the tokens after that.
+    Prefill counts the prompt tokens that were not cached, up to the first token; decoding, the tokens after that. A
+    prompt read in excerpts has no speed of prefill: most of it is never computed for the answer.
     """
     usage, first = stream.usage, stream.first_token_seconds
     prefill = decode = None
     if first:
-        prefill = (usage.prompt_tokens - usage.cached_tokens) / first
+        if stream.recalled is None:
+            prefill = (usage.prompt_tokens - usage.cached_tokens) / first
         if usage.completion_tokens > 1 and stream.seconds > first:
             decode = (usage.completion_tokens - 1) / (stream.seconds - first)
     return {

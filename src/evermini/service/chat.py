@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from evermini.errors import UnsupportedParameterError
 from evermini.service.decode import ScoredToken
 from evermini.service.generation import (
     Candidate,
@@ -22,11 +23,15 @@ from evermini.service.generation import (
     Usage,
     seed_of_choice,
 )
-from evermini.service.limits import output_limit, sampling_params
+from evermini.service.limits import check_output, output_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
 from evermini.service.offload import tokenise
+from evermini.service.reading import OnProgress, Recalled, least_room
 from evermini.service.runtime import ServedModel
-from evermini.service.schemas import ChatRequest, Message
+from evermini.service.schemas import ChatRequest
+
+_SURELY_LONG = 8
+"""With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
 
 
 @dataclass
@@ -42,11 +47,18 @@ class ChatChoice:
 class ChatRun:
     """A chat completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished."""
 
-    def __init__(self, served: ServedModel, request: ChatRequest, generation: Generation) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        request: ChatRequest,
+        generation: Generation,
+        recalled: Recalled | None,
+    ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.served = served
         self.request = request
+        self.recalled = recalled
         self._generation = generation
 
     def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -70,8 +82,15 @@ class ChatRun:
 
     @property
     def usage(self) -> Usage:
-        """Tokens; final once every delta was read."""
-        return self._generation.usage
+        """Tokens; final once every delta was read. The prompt's are those that were sent, however it was read."""
+        used = self._generation.usage
+        if self.recalled is None:
+            return used
+        return replace(
+            used,
+            prompt_tokens=self.recalled.full_tokens,
+            cached_tokens=self.recalled.cached_tokens,
+        )
 
     def abort(self) -> None:
         """End the request in the engine if it still runs."""
@@ -84,17 +103,21 @@ async def start(
     *,
     metrics: Metrics | None = None,
     arrived: float | None = None,
+    progress: OnProgress | None = None,
 ) -> ChatRun:
-    """Tokenise, check the window, and hand the request to the engine.
+    """Tokenise, read what does not fit the window through recall, and hand the request to the engine.
 
     Args:
         served: The model to ask.
         request: What to ask.
         metrics: Where to report latencies.
         arrived: ``time.perf_counter()`` when the request came in; default now.
+        progress: Told, from a thread, how reading a long text for the first time goes.
 
     Raises:
-        ContextLengthError: The prompt (plus the requested output) does not fit.
+        ContextLengthError: The prompt (plus the requested output) does not fit, and recall is off or cannot help.
+        UnsupportedParameterError: Recall is asked for and switched off.
+        RecallDiskError: The index of a long text does not fit under the cap on disk space.
         InvalidRequestError: A token id in ``logit_bias`` is not one of the model's, or the chat template refuses the
             order of the messages.
         OverloadedError: The engine's queue is full.
@@ -104,10 +127,9 @@ async def start(
         metrics, served.info.id, time.perf_counter() if arrived is None else arrived
     )
     bias = request.bias_by_id(served.tokenizer.vocab_size)
-    messages = [_for_template(message) for message in request.messages]
-    num_characters = sum(len(message["content"]) for message in messages)
-    prompt = await tokenise(num_characters, served.template.encode_chat, messages)
-    limit = output_limit(served.info.context_window, len(prompt), request)
+    check_output(request)
+    prompt, recalled = await _prompt(served, request, progress)
+    limit = output_limit(served.worker.max_model_len, len(prompt), request)
     candidates = [
         Candidate(
             index=index,
@@ -127,19 +149,35 @@ async def start(
         served.worker, served.tokenizer, [prompt], candidates, request.stop or [], timer
     )
     generation.start()
-    return ChatRun(served, request, generation)
+    return ChatRun(served, request, generation, recalled)
 
 
-def _for_template(message: Message) -> dict[str, str]:
-    """Return the message as chat templates expect it.
+async def _prompt(
+    served: ServedModel, request: ChatRequest, progress: OnProgress | None
+) -> tuple[Sequence[int], Recalled | None]:
+    """Return what the engine computes and, if that is not all that was sent, how it was chosen."""
+    window, reader = served.worker.max_model_len, served.reader
+    if reader is None and request.reading == "recall":
+        raise UnsupportedParameterError(
+            "Recall is switched off for this model. Set x_evermini.reading to 'auto' or 'dense', or switch the setting "
+            "'recall' on.",
+            param="x_evermini.reading",
+        )
+    texts = [message.text() for message in request.messages]
+    num_characters = sum(map(len, texts))
+    prompt: Sequence[int] | None = None
 
-    Open models know no developer role, and their templates do not show participants' names. A name in front of the
-    text tells participants apart, as the contract asks. Not for the assistant: it would copy the habit.
-    """
-    role = "system" if message.role == "developer" else message.role
-    text = message.text()
-    if message.name is None:
-        return {"role": role, "content": text}
-    if role != "assistant":
-        text = f"{message.name}: {text}"
-    return {"role": role, "content": text, "name": message.name}
+    async def whole() -> Sequence[int]:
+        messages = [m.for_template(text) for m, text in zip(request.messages, texts, strict=True)]
+        return await tokenise(num_characters, served.template.encode_chat, messages)
+
+    if reader is None or request.reading == "dense":
+        return await whole(), None
+    if request.reading == "auto" and num_characters <= _SURELY_LONG * window:
+        prompt = await whole()
+        if len(prompt) + (request.max_output or least_room(window)) <= window:
+            return prompt, None
+    recalled = await reader.read(request, window=window, progress=progress)
+    if recalled is not None:
+        return recalled.prompt, recalled
+    return await whole() if prompt is None else prompt, None

@@ -196,7 +196,7 @@ async def start(
     lists_end = request.logprobs is not None
     candidates: list[Candidate] = []
     for number, prompt in enumerate(prompts):
-        limit = completion_limit(served.info.context_window, len(prompt.ids), request)
+        limit = completion_limit(served.worker.max_model_len, len(prompt.ids), request)
         for choice in range(request.num_candidates):
             params = sampling_params(
                 request,

@@ -21,12 +21,8 @@ def output_limit(window: int, num_prompt: int, request: ChatRequest) -> int:
 
     Raises:
         ContextLengthError: The prompt leaves no room for it, with both counts. Nothing is ever cut.
-        InvalidRequestError: It asks for more than the contract's output limit.
     """
     wanted = request.max_output
-    if wanted is not None:
-        field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        _check_output_cap(wanted, field)
     if num_prompt >= window:
         raise ContextLengthError(
             f"This model's maximum context length is {window} tokens. However, your messages resulted in "
@@ -43,6 +39,17 @@ def output_limit(window: int, num_prompt: int, request: ChatRequest) -> int:
             param="messages",
         )
     return wanted
+
+
+def check_output(request: ChatRequest) -> None:
+    """Check what a chat request asks to be generated against the contract's limit.
+
+    Raises:
+        InvalidRequestError: It is more.
+    """
+    if request.max_output is not None:
+        field = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        _check_output_cap(request.max_output, field)
 
 
 def completion_limit(window: int, num_prompt: int, request: CompletionRequest) -> int:

@@ -26,6 +26,7 @@ from evermini.models.checkpoint import Checkpoint, open_checkpoint
 from evermini.models.load import load_model
 from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
+from evermini.service.reading import LongReader
 from evermini.text.chat import ChatTemplate
 from evermini.text.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ class ModelInfo:
         id: Its own name, which every response carries.
         aliases: Other names it answers to.
         created: Unix time.
-        context_window: Tokens of prompt and output together.
+        context_window: Tokens of a chat's prompt at most; without recall, of prompt and output together.
         system_fingerprint: Changes whenever the same request may get other tokens.
     """
 
@@ -67,9 +68,13 @@ class ServedModel:
     worker: EngineWorker
     tokenizer: Tokenizer
     template: ChatTemplate
+    reader: LongReader | None = None
+    """Reads prompts longer than the engine's window; ``None``: they are refused."""
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop the engine; what still runs after ``timeout`` seconds is aborted."""
+        if self.reader is not None:
+            self.reader.close()
         self.worker.stop(timeout)
 
 
@@ -176,14 +181,24 @@ def load_tier(
         home=settings.home,
     )
     worker = start_worker(model, settings)
+    reader = None
+    if settings.recall:
+        reader = LongReader(
+            model,
+            tokenizer,
+            template,
+            weights=checkpoint.fingerprint,
+            home=settings.home,
+            max_bytes=settings.recall_disk,
+        )
     info = ModelInfo(
         id=entry.aliases[-1] if entry else _name_of(checkpoint.path),
         aliases=(*entry.aliases[:-1], entry.tier) if entry else (),
         created=TIER_CREATED if entry else int(checkpoint.path.stat().st_mtime),
-        context_window=worker.max_model_len,
+        context_window=reader.max_prompt_tokens if reader else worker.max_model_len,
         system_fingerprint=_fingerprint(checkpoint, settings),
     )
-    return ServedModel(info, worker, tokenizer, template)
+    return ServedModel(info, worker, tokenizer, template, reader)
 
 
 def what_to_serve(name: str) -> tuple[catalogue.CatalogueEntry | None, str]:

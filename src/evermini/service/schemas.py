@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from evermini.errors import InvalidRequestError
+from evermini.errors import InvalidRequestError, UnsupportedParameterError
 from evermini.service import unsupported, validation
 
 MAX_OUTPUT_TOKENS = 32_768
@@ -155,10 +155,27 @@ class Message(_Wire):
     )
     refusal: str | None = None
 
-    def text(self) -> str:
-        """Return the message's text; an assistant's refusal is text it wrote."""
+    def texts(self) -> list[str]:
+        """Return the texts of the message's parts; an assistant's refusal is text it wrote."""
         pieces = [part.text or part.refusal or "" for part in self.content or ()]
-        return "".join(pieces) + (self.refusal or "")
+        return [*pieces, self.refusal] if self.refusal else pieces
+
+    def text(self) -> str:
+        """Return the message's whole text."""
+        return "".join(self.texts())
+
+    def for_template(self, text: str) -> dict[str, str]:
+        """Return the message as chat templates expect it, with ``text`` as its text.
+
+        Open models know no developer role, and their templates do not show participants' names. A name in front of
+        the text tells participants apart, as the contract asks. Not for the assistant: it would copy the habit.
+        """
+        role = "system" if self.role == "developer" else self.role
+        if self.name is None:
+            return {"role": role, "content": text}
+        if role != "assistant":
+            text = f"{self.name}: {text}"
+        return {"role": role, "content": text, "name": self.name}
 
     def check(self, path: str) -> None:
         """Check what depends on the role.
@@ -202,6 +219,22 @@ class Message(_Wire):
                 )
 
 
+Reading = Literal["auto", "recall", "dense"]
+
+
+class Extensions(_Wire):
+    """``x_evermini``: what goes beyond the contract.
+
+    Attributes:
+        reading: How the prompt is read: ``dense`` in the model's own window; ``recall`` its long texts in excerpts that
+            the question needs; ``auto`` the first if it fits, else the second.
+        why: Say in the response which excerpts were read.
+    """
+
+    reading: Literal["auto", "recall", "dense", "sweep"] | None = None
+    why: bool | None = None
+
+
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
@@ -219,11 +252,18 @@ class ChatRequest(SamplingRequest):
     safety_identifier: Annotated[str, Field(max_length=128)] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    x_evermini: Extensions | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for number, message in enumerate(self.messages):
             message.check(f"messages[{number}]")
+        if self.x_evermini is not None and self.x_evermini.reading == "sweep":
+            raise UnsupportedParameterError(
+                "x_evermini.reading 'sweep' (reading all of a long text, for questions about the whole of it) is not "
+                "there yet. Use 'auto', 'recall' or 'dense'.",
+                param="x_evermini.reading",
+            )
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise InvalidRequestError(
@@ -238,6 +278,17 @@ class ChatRequest(SamplingRequest):
                 param="top_logprobs",
             )
         return self
+
+    @property
+    def reading(self) -> Reading:
+        """How the prompt is to be read."""
+        wanted = self.x_evermini.reading if self.x_evermini else None
+        return "auto" if wanted is None or wanted == "sweep" else wanted
+
+    @property
+    def wants_why(self) -> bool:
+        """Whether the response says what was read."""
+        return bool(self.x_evermini and self.x_evermini.why)
 
     @property
     def max_output(self) -> int | None:

@@ -67,9 +67,44 @@ def chat_completion(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
         ],
         "usage": usage(run.usage),
     }
+    if run.request.wants_why:
+        body["x_evermini"] = why(run)
     if run.request.metadata is not None:
         body["metadata"] = run.request.metadata
     return body
+
+
+def why(run: ChatRun) -> Json:
+    """Return how the prompt was read: ``recall`` is null if it was read whole."""
+    recalled = run.recalled
+    if recalled is None:
+        return {"reading": "dense", "recall": None}
+    found = recalled.selection
+    return {
+        "reading": "recall",
+        "recall": {
+            "question": recalled.question,
+            "prompt_tokens_read": len(recalled.prompt),
+            "spans": [
+                {
+                    "score": round(passage.score, 4),
+                    "source": passage.source,
+                    "message": passage.message,
+                    "part": passage.part,
+                    "characters": list(passage.characters),
+                    "lines": list(passage.lines),
+                    "included": passage.is_included,
+                }
+                for passage in recalled.passages
+            ],
+            "rounds": found.rounds,
+            "top_score": round(found.top_score, 4),
+            "spread": round(found.spread, 4),
+            "ingest_seconds": round(recalled.ingest_seconds, 3),
+            "query_seconds": round(found.query_seconds, 3),
+            "scan_seconds": round(found.scan_seconds, 3),
+        },
+    }
 
 
 def chat_role_chunk(run: ChatRun, index: int) -> Json:
@@ -86,7 +121,8 @@ def chat_chunks(run: ChatRun, delta: Delta) -> list[Json]:
         logprobs = _chat_logprobs(run, delta.logprobs)
         chunks.append(_chat_chunk(run, delta.index, {"content": delta.text}, logprobs, None))
     if delta.finish_reason is not None:
-        chunks.append(_chat_chunk(run, delta.index, {}, None, delta.finish_reason))
+        last = _chat_chunk(run, delta.index, {}, None, delta.finish_reason)
+        chunks.append({**last, "x_evermini": why(run)} if run.request.wants_why else last)
     return chunks
 
 

@@ -1,0 +1,306 @@
+"""Prompts several times as long as nano's window, over HTTP with OpenAI's client."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from evermini.recall.calibration import find_calibration
+from evermini.service.reading import LongReader
+from evermini.service.runtime import Runtime, ServedModel
+from tests.serving import assert_error, make_client, serving, wait_for
+
+NUM_LINES = 3000
+LIMIT = 80_000
+NEEDLES = {
+    150: ("The captain's parrot is called Biscuit.", "What is the captain's parrot called?", "Biscuit"),
+    1500: ("The secret code for Lisbon is tulip-84.", "What is the secret code for Lisbon?", "tulip-84"),
+    2900: ("The clock tower was finished in 1732.", "In which year was the clock tower finished?", "1732"),
+}  # fmt: skip
+"""Line from 1 -> fact, question, answer."""
+
+_NAMES = (
+    "Anna",
+    "Bruno",
+    "Carla",
+    "Dmitri",
+    "Elena",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Luis",
+)
+_VERBS = (
+    "paints",
+    "repairs",
+    "visits",
+    "sketches",
+    "counts",
+    "cleans",
+    "moves",
+    "sells",
+    "measures",
+    "describes",
+)
+_THINGS = (
+    "ladder",
+    "window",
+    "kettle",
+    "garden",
+    "bicycle",
+    "lantern",
+    "violin",
+    "carpet",
+    "statue",
+    "engine",
+)
+_PLACES = (
+    "harbour",
+    "station",
+    "market",
+    "chapel",
+    "library",
+    "meadow",
+    "workshop",
+    "kitchen",
+    "bridge",
+    "attic",
+)
+
+
+def story(seed: int, num_lines: int = NUM_LINES) -> str:
+    """About 20 tokens a line, no line twice, with the needles."""
+    draw = random.Random(seed)
+    lines = [
+        f"{draw.choice(_NAMES)} {draw.choice(_VERBS)} the {draw.choice(_THINGS)} near the {draw.choice(_PLACES)} "
+        f"and {draw.choice(_VERBS)} {draw.randrange(2, 90)} of them."
+        for _ in range(num_lines)
+    ]
+    for number, (fact, _, _) in NEEDLES.items():
+        if number <= num_lines:
+            lines[number - 1] = fact
+    return "\n".join(lines)
+
+
+STORY = story(seed=1)
+
+
+@pytest.fixture(scope="module")
+def served(nano: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    """Nano with an index of its own and a lower limit, so that a prompt too long is still a short test."""
+    assert nano.reader is not None
+    reader = LongReader(
+        nano.reader.model,
+        nano.tokenizer,
+        nano.template,
+        weights=nano.reader.weights,
+        home=tmp_path_factory.mktemp("home"),
+        max_prompt_tokens=LIMIT,
+    )
+    yield replace(nano, reader=reader)
+    reader.close()
+
+
+@pytest.fixture(scope="module")
+def url(served: ServedModel) -> Iterator[str]:
+    with serving(Runtime([served])) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with make_client(url, timeout=300) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def book(client: openai.OpenAI) -> list[dict[str, str]]:
+    """A document of some 10,000 tokens as content parts; read by two requests at once, which index it once."""
+    parts = as_parts(story(seed=2, num_lines=600), NEEDLES[150][1])
+    answers: list = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(ask(client, parts))) for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cached = sorted(a.usage.prompt_tokens_details.cached_tokens for a in answers)
+    assert cached[0] == 0
+    assert cached[1] > 9000
+    return parts
+
+
+def as_parts(text: str, question: str) -> list[dict[str, str]]:
+    document = f'<document name="notes/book.txt">\n{text}\n</document>\n'
+    return [{"type": "text", "text": document}, {"type": "text", "text": f"\n{question}"}]
+
+
+def ask(client: openai.OpenAI, content, **options):
+    return client.chat.completions.create(
+        model="gpt-4.1-nano",
+        messages=[{"role": "user", "content": content}],
+        max_completion_tokens=24,
+        temperature=0,
+        **{"extra_body": {"x_evermini": {"why": True}}, **options},
+    )
+
+
+def post(url: str, content, timeout: float = 60, **fields) -> httpx.Response:
+    body = {"model": "gpt-4.1-nano", "messages": [{"role": "user", "content": content}], **fields}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=timeout)
+
+
+def has_read(why, line: int) -> bool:
+    spans = why["recall"]["spans"]
+    return any(s["lines"][0] <= line <= s["lines"][1] and s["included"] for s in spans)
+
+
+def test_finds_needles_at_every_depth_and_reads_the_text_once(client):
+    cached = []
+    for line, (_, question, expected) in NEEDLES.items():
+        answer = ask(client, f"{STORY}\n\n{question}")
+        assert has_read(answer.x_evermini, line)
+        assert expected in answer.choices[0].message.content
+        assert 50_000 < answer.usage.prompt_tokens < LIMIT
+        assert answer.x_evermini["recall"]["prompt_tokens_read"] < 5000
+        cached.append(answer.usage.prompt_tokens_details.cached_tokens)
+    assert cached[0] == 0
+    assert min(cached[1:]) > 50_000
+
+
+def test_spans_of_a_document_name_its_file_and_lines(client, book):
+    answer = ask(client, book)
+    assert has_read(answer.x_evermini, 150)
+    assert {span["source"] for span in answer.x_evermini["recall"]["spans"]} == {"notes/book.txt"}
+    text = story(seed=2, num_lines=600)
+    for span in answer.x_evermini["recall"]["spans"]:
+        start, end = span["characters"]
+        assert span["lines"] == [text.count("\n", 0, start) + 1, text.count("\n", 0, end - 1) + 1]
+
+
+def test_a_stream_says_why_in_its_last_chunk_and_counts_what_was_sent(client, book):
+    chunks = list(ask(client, book, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert "Biscuit" in text
+    last = next(c for c in chunks if c.choices and c.choices[0].finish_reason)
+    assert has_read(last.x_evermini, 150)
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 9000
+
+
+def test_the_limit_is_exact(url, client, book, served, monkeypatch):
+    sent = ask(client, book).usage.prompt_tokens
+    monkeypatch.setattr(served.reader, "max_prompt_tokens", sent)
+    assert ask(client, book).usage.prompt_tokens == sent
+    monkeypatch.setattr(served.reader, "max_prompt_tokens", sent - 1)
+    error = assert_error(post(url, book), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert f"maximum context length is {sent - 1} tokens" in error["message"]
+    assert f"resulted in {sent} tokens" in error["message"]
+
+
+def test_dense_refuses_what_does_not_fit(url, book):
+    error = assert_error(post(url, book, x_evermini={"reading": "dense"}), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 8192 tokens" in error["message"]
+
+
+def test_an_answer_longer_than_the_window_is_refused(url, book):
+    error = assert_error(post(url, book, max_completion_tokens=8000), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "8192" in error["message"]
+    assert "8000" in error["message"]
+
+
+def test_what_fits_is_read_whole_unless_asked_otherwise(client):
+    text = story(seed=4, num_lines=200)
+    asked = f"{text}\n\n{NEEDLES[150][1]}"
+    whole = ask(client, asked)
+    assert whole.x_evermini == {"reading": "dense", "recall": None}
+    recalled = ask(client, asked, extra_body={"x_evermini": {"reading": "recall", "why": True}})
+    assert has_read(recalled.x_evermini, 150)
+    assert recalled.x_evermini["recall"]["prompt_tokens_read"] < whole.usage.prompt_tokens / 2
+    assert "x_evermini" not in ask(client, "Hello!", extra_body={}).model_extra
+
+
+@pytest.mark.parametrize(
+    ("extension", "param", "code"),
+    [
+        ({"reading": "sweep"}, "x_evermini.reading", "unsupported_parameter"),
+        ({"reading": "fast"}, "x_evermini.reading", "invalid_value"),
+        ({"reading": 1}, "x_evermini.reading", "invalid_value"),
+        ({"why": "yes"}, "x_evermini.why", "invalid_type"),
+        ({"wy": True}, "x_evermini.wy", "unknown_parameter"),
+        ([], "x_evermini", "invalid_type"),
+    ],
+)
+def test_the_extension_is_checked(url, extension, param, code):
+    error = assert_error(post(url, "Hello!", x_evermini=extension), 400)
+    assert (error["param"], error["code"]) == (param, code)
+
+
+def test_recall_that_is_off_cannot_be_asked_for(nano):
+    with serving(Runtime([replace(nano, reader=None)])) as url:
+        error = assert_error(post(url, "Hello!", x_evermini={"reading": "recall"}), 400)
+        assert error["code"] == "unsupported_parameter"
+        error = assert_error(post(url, STORY), 400)
+        assert error["code"] == "context_length_exceeded"
+
+
+def test_a_client_that_leaves_ends_the_reading_which_holds_up_nobody(url, client, served):
+    home = served.reader.home
+    before = index_bytes(home)
+    new = story(seed=5)
+    waits = []
+
+    def leave() -> None:
+        with pytest.raises(httpx.TimeoutException):
+            post(url, f"{new}\n\nWho?", timeout=2.5)
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    while leaving.is_alive():
+        began = time.monotonic()
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        waits.append(time.monotonic() - began)
+    assert max(waits) < 1.0
+    wait_for(lambda: is_still(home), 30)
+    grown = index_bytes(home) - before
+    assert grown < 0.5 * complete_bytes(served, new)
+    assert client.chat.completions.create(
+        model="gpt-4.1-nano", messages=[{"role": "user", "content": "Hello!"}], max_tokens=4
+    ).choices[0].message.content  # fmt: skip
+
+
+def index_bytes(home: Path) -> int:
+    return sum(path.stat().st_size for path in home.glob("recall/*/*.keys"))
+
+
+def is_still(home: Path) -> bool:
+    """Nothing was written for longer than a chunk takes."""
+    size = index_bytes(home)
+    time.sleep(3)
+    return index_bytes(home) == size
+
+
+def complete_bytes(served: ServedModel, text: str) -> int:
+    calibration = find_calibration(served.reader.home, served.reader.weights)
+    assert calibration is not None
+    per_token = len(calibration.pairs) * (calibration.head_dim + 4)
+    return len(served.tokenizer.encode(text)) * per_token
+
+
+def test_models_promise_the_whole_length(nano):
+    assert nano.info.context_window == 1_047_576
+    assert nano.worker.max_model_len == 8192
