@@ -19,6 +19,7 @@
 #define PANEL 64
 #define TILE 6 /* rows x 4 vectors = 24 accumulators of 32 registers */
 #define FEW_ROWS 8
+#define PREFETCH 4096 /* a page ahead: the hardware's prefetcher stops at page ends */
 
 INLINE int64_t group_bytes(int bits) { return 1024 + (bits - 4) * 256 + 64; }
 INLINE int64_t panel_bytes(const Linear *w) {
@@ -105,7 +106,11 @@ INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, 
     if (bits == 8) {
         for (int64_t k = 0; k < w->k_padded; k += 4) {
             i32x16 v[4];
-            UNROLL for (int z = 0; z < vectors; z++) v[z] = loadi(panel + k * PANEL + (z0 + z * step) * 64);
+            UNROLL for (int z = 0; z < vectors; z++) {
+                const uint8_t *at = panel + k * PANEL + (z0 + z * step) * 64;
+                v[z] = loadi(at);
+                __builtin_prefetch(at + PREFETCH);
+            }
             UNROLL for (int r = 0; r < rows; r++) {
                 i32x16 b = input4(xq[r] + k);
                 UNROLL for (int z = 0; z < vectors; z++) total[r][z] = dot4(total[r][z], v[z], b);
