@@ -50,7 +50,7 @@ def test_exit_ends_and_unknown_commands_are_told(chat):
 
 
 def test_a_failed_message_leaves_the_conversation_as_it_was(chat, tmp_path):
-    result = chat("word " * 9000, "/save talk.jsonl", arguments=["--max-tokens", "5"])
+    result = chat("word " * 1_100_000, "/save talk.jsonl", arguments=["--max-tokens", "5"])
     assert result.code == 0
     assert "maximum context length" in result.err
     assert saved(tmp_path) == [[]]
