@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 
 import pexpect
@@ -89,7 +90,13 @@ def test_terminal_ctrl_c_stops_the_answer_and_history_is_kept(base_url, tmp_path
     environment = {**subprocess_environment(), "EVERMINI_HOME": str(tmp_path), "TERM": "dumb"}
     arguments = ["-m", "evermini", "chat", "--url", base_url, "--temperature", "0"]
     terminal = pexpect.spawn(
-        sys.executable, arguments, env=environment, encoding="utf-8", timeout=30
+        sys.executable,
+        arguments,
+        env=environment,
+        encoding="utf-8",
+        timeout=30,
+        # A background job ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     terminal.expect("/help lists the commands")
     terminal.expect("> ")
