@@ -15,12 +15,13 @@ import json
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from evermini.config import default_home
-from evermini.models.batch import BLOCK_SIZE, ForwardBatch, Model
+from evermini.models.batch import BLOCK_SIZE, Model, whole_prompt
 from evermini.models.checkpoint import open_checkpoint
 from evermini.models.load import load_model
 from evermini.models.pull import ensure
@@ -35,15 +36,7 @@ def perplexity(model: Model, ids: list[int]) -> float:
     total, count = 0.0, 0
     for start in range(0, len(ids) - WINDOW + 1, WINDOW):
         window = torch.tensor(ids[start : start + WINDOW])
-        batch = ForwardBatch(
-            token_ids=window,
-            positions=positions,
-            slots=positions,
-            query_start=torch.tensor([0, WINDOW], dtype=torch.int32),
-            context_lens=torch.tensor([WINDOW], dtype=torch.int32),
-            block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
-            logits_rows=positions,
-        )
+        batch = replace(whole_prompt(window), logits_rows=positions)
         logits = model.forward(batch, kv)[:-1]
         total += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
         count += WINDOW - 1
