@@ -12,6 +12,7 @@ from evermini.cli import machine
 from evermini.cli.doctor import examine
 from evermini.config import Settings, flag_name, setting_fields
 from evermini.models.catalogue import CATALOGUE
+from evermini.service import machine as service_machine
 
 COMMANDS = ("serve", "chat", "ask", "pull", "models", "rm", "doctor", "config")
 
@@ -130,7 +131,7 @@ def test_doctor_tells_machine_and_tiers(evermini, home):
 
 def test_doctor_names_what_is_missing_and_the_remedy(evermini, home, monkeypatch):
     short = CATALOGUE[0].memory - 100_000_000
-    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(10**9, short))
+    monkeypatch.setattr(service_machine, "memory", lambda: service_machine.Memory(10**9, short))
     result = evermini("doctor")
     assert result.code == 1
     assert "lacks 100.0 MB of memory" in result.out
@@ -149,14 +150,6 @@ def test_doctor_names_missing_packages(evermini, home, monkeypatch):
     assert result.code == 1
     assert "no-such-package>=1 (not installed)" in result.out
     assert "-m pip install 'rich>=99'" in result.out
-
-
-def test_memory_is_a_containers_limit_where_that_is_lower(tmp_path):
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("400000\n")
-    assert machine.memory(tmp_path) == machine.Memory(1_000_000, 600_000)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory(tmp_path).total > 1_000_000
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +14,9 @@ from evermini.engine.engine import Engine
 from evermini.engine.worker import EngineWorker
 from evermini.errors import ConfigError, ModelNotFoundError
 from evermini.models.batch import KVCache
-from evermini.service import memory
-from evermini.service.runtime import (
-    ModelInfo,
-    Runtime,
-    ServedModel,
-    start_worker,
-    what_to_serve,
-)
+from evermini.service import machine, memory
+from evermini.service.loading import what_to_serve
+from evermini.service.runtime import ModelInfo, Runtime, ServedModel, start_worker
 from tests.fakes import TinyModel, tiny_config
 
 BLOCK_BYTES = KVCache.bytes_per_block(tiny_config(), TinyModel().new_kv_cache(1).dtype)
@@ -71,8 +67,20 @@ class TestNames:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     state = SimpleNamespace(available=0)
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: state)
+    monkeypatch.setattr(memory, "memory", lambda: state)
     return state
+
+
+class TestMachine:
+    def test_a_containers_limit_counts_where_it_is_lower(self, tmp_path: Path) -> None:
+        (tmp_path / "memory.max").write_text("1000000\n")
+        (tmp_path / "memory.current").write_text("700000\n")
+        (tmp_path / "memory.stat").write_text(
+            "anon 400000\ninactive_file 200000\nactive_file 100000\n"
+        )
+        assert machine.memory(tmp_path) == machine.Memory(1_000_000, 600_000)
+        (tmp_path / "memory.max").write_text("max\n")
+        assert machine.memory(tmp_path).total > 1_000_000
 
 
 class TestMemory:

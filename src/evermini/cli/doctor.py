@@ -17,8 +17,9 @@ from evermini.cli.options import with_settings
 from evermini.config import LoadedSettings, Settings
 
 if TYPE_CHECKING:
-    from evermini.cli.machine import Gpu, Memory
+    from evermini.cli.machine import Gpu
     from evermini.models.catalogue import CatalogueEntry
+    from evermini.service.machine import Memory
 
 DISK_SHARE = 3
 """Disk space a tier takes, as a multiple of its download: the weights as they come, and quantised for this CPU."""
@@ -66,7 +67,9 @@ def examine(settings: Settings) -> dict[str, Any]:
     if missing:  # the rest needs the packages
         return report | {"problems": [dataclasses.asdict(problem) for problem in problems]}
 
-    memory, gpus = machine.memory(), machine.gpus()
+    from evermini.service.machine import memory as machine_memory
+
+    memory, gpus = machine_memory(), machine.gpus()
     report["memory"] = dataclasses.asdict(memory)
     report["gpus"] = [dataclasses.asdict(gpu) for gpu in gpus]
     report["torch"] = machine.torch_version()

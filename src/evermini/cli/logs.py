@@ -22,7 +22,9 @@ def configure_logging(level: str) -> None:
         structlog.stdlib.ExtraAdder(),
     ]
     if sys.stderr.isatty():
-        final: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer()]
+        # Not the default, rich tracebacks: they show local variables, and with them prompts.
+        plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        final: list[structlog.typing.Processor] = [plain]
     else:
         final = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(

@@ -44,14 +44,6 @@ class Cpu:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes; a container's limit counts as the total where it is lower than the machine's."""
-
-    total: int
-    available: int
-
-
-@dataclass(frozen=True)
 class Gpu:
     """A GPU that torch can use."""
 
@@ -95,19 +87,6 @@ def _other_cpu() -> tuple[str, set[str]]:
         ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
     )
     return run.stdout.strip(), {"asimd"} if platform.machine() == "arm64" else set()
-
-
-def memory(cgroup: Path = Path("/sys/fs/cgroup")) -> Memory:
-    """Return total and available memory, a container's limit included (cgroup v2)."""
-    import psutil
-
-    machine = psutil.virtual_memory()
-    try:
-        limit = int((cgroup / "memory.max").read_text())
-        used = int((cgroup / "memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max": no limit
-        return Memory(machine.total, machine.available)
-    return Memory(min(machine.total, limit), min(machine.available, max(limit - used, 0)))
 
 
 def gpus() -> list[Gpu]:

@@ -12,11 +12,8 @@ from evermini.cli.options import with_settings
 from evermini.config import LoadedSettings, Settings
 
 if TYPE_CHECKING:
-    from evermini.models.checkpoint import Checkpoint
-    from evermini.models.decoder import Decoder
-    from evermini.models.native import NativeDecoder
     from evermini.recall.store import SegmentInfo, SegmentStore
-    from evermini.text.tokenizer import Tokenizer
+    from evermini.service.loading import Loaded
 
 _MODEL = ("model", "home", "weights_dir", "device", "precision", "threads")
 
@@ -35,13 +32,14 @@ def calibrate(
     from evermini.recall.calibrate import default_prefix
     from evermini.recall.calibration import find_calibration, save_calibration
 
-    checkpoint, model, tokenizer = _load(loaded.settings)
+    index = _load(loaded.settings)
+    weights, tokenizer = index.checkpoint.fingerprint, index.tokenizer
     home = loaded.settings.home
-    found = None if again else find_calibration(home, checkpoint.fingerprint)
+    found = None if again else find_calibration(home, weights)
     if found is None:
         found = measure(
-            model, tokenizer, checkpoint.fingerprint, prefix=default_prefix(tokenizer), progress=_say
-        )  # fmt: skip
+            index.model, tokenizer, weights, prefix=default_prefix(tokenizer), progress=_say
+        )
         _say(f"kept in {save_calibration(home, found)}")
     if as_json:
         print(found.to_json(), end="")
@@ -75,9 +73,9 @@ def ingest(
     from evermini.recall.segment import cut
 
     texts = [(path, _read(path)) for path in paths]
-    checkpoint, model, tokenizer = _load(loaded.settings)
+    index = _load(loaded.settings)
     recall = open_recall(
-        model, tokenizer, checkpoint.fingerprint, loaded.settings.home,
+        index.model, index.tokenizer, index.checkpoint.fingerprint, loaded.settings.home,
         max_bytes=loaded.settings.recall_disk, progress=_say,
     )  # fmt: skip
     bar = Progress(
@@ -188,26 +186,12 @@ def _matching(settings: Settings, digest: str) -> list[tuple[SegmentStore, Segme
     return [(stores[info.fingerprint], info) for info in found]
 
 
-def _load(settings: Settings) -> tuple[Checkpoint, NativeDecoder | Decoder, Tokenizer]:
+def _load(settings: Settings) -> Loaded:
     from evermini.cli.pull import download_bar
-    from evermini.models.checkpoint import open_checkpoint
-    from evermini.models.load import load_model
-    from evermini.models.pull import ensure
-    from evermini.text.tokenizer import Tokenizer
+    from evermini.service.loading import load_checkpoint
 
     with download_bar(settings.model) as progress:
-        path = ensure(
-            settings.model, home=settings.home, progress=progress, weights_dir=settings.weights_dir
-        )
-    checkpoint = open_checkpoint(path)
-    model = load_model(
-        checkpoint,
-        device=settings.device,
-        precision=settings.precision,
-        threads=settings.threads,
-        home=settings.home,
-    )
-    return checkpoint, model, Tokenizer(checkpoint.tokenizer)
+        return load_checkpoint(settings.models[0], settings, progress=progress)
 
 
 def _read(path: str) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-import psutil
 import torch
 
 from evermini.config import Settings
 from evermini.engine.kv import blocks_for
 from evermini.errors import ConfigError
 from evermini.models.batch import BLOCK_SIZE, KVCache, Model
+from evermini.service.machine import memory
 
 log = logging.getLogger(__name__)
 
@@ -75,4 +75,4 @@ def kv_blocks(model: Model, settings: Settings) -> int:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return memory().available

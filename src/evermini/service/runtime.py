@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Self
 
@@ -20,10 +20,9 @@ from evermini.config import Settings
 from evermini.engine.engine import Engine, EngineStats
 from evermini.engine.worker import EngineWorker
 from evermini.errors import ConfigError, ModelNotFoundError
-from evermini.models import catalogue, pull
 from evermini.models.batch import Model
-from evermini.models.checkpoint import Checkpoint, open_checkpoint
-from evermini.models.load import load_model
+from evermini.models.checkpoint import Checkpoint
+from evermini.service.loading import load_checkpoint
 from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
 from evermini.service.reading import LongReader
@@ -167,24 +166,14 @@ def load_tier(
         ModelError: The checkpoint cannot be used.
         ConfigError: The settings do not fit together or the machine.
     """
-    entry, source = what_to_serve(fspath(name_or_path))
-    checkpoint = open_checkpoint(
-        pull.ensure(source, home=settings.home, progress=progress, weights_dir=settings.weights_dir)
-    )
-    tokenizer = Tokenizer(checkpoint.tokenizer)
+    loaded = load_checkpoint(name_or_path, settings, progress=progress)
+    entry, checkpoint, tokenizer = loaded.entry, loaded.checkpoint, loaded.tokenizer
     template = ChatTemplate(tokenizer)
-    model = load_model(
-        checkpoint,
-        device=settings.device,
-        precision=settings.precision,
-        threads=settings.threads,
-        home=settings.home,
-    )
-    worker = start_worker(model, settings)
+    worker = start_worker(loaded.model, settings)
     reader = None
     if settings.recall:
         reader = LongReader(
-            model,
+            loaded.model,
             tokenizer,
             template,
             weights=checkpoint.fingerprint,
@@ -199,18 +188,6 @@ def load_tier(
         system_fingerprint=_fingerprint(checkpoint, settings),
     )
     return ServedModel(info, worker, tokenizer, template, reader)
-
-
-def what_to_serve(name: str) -> tuple[catalogue.CatalogueEntry | None, str]:
-    """Return whose names a model is served under, and what it is loaded from.
-
-    ``mini`` is the tier with its own weights, ``PATH`` a checkpoint under its own name, ``mini=PATH`` a checkpoint
-    under the names of the tier.
-    """
-    tier, _, path = name.partition("=")
-    if path and (entry := catalogue.find(tier)):
-        return entry, path
-    return catalogue.find(name), name
 
 
 def start_worker(model: Model, settings: Settings) -> EngineWorker:

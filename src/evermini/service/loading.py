@@ -1,0 +1,77 @@
+"""From a name to a model in memory: what every command that needs one goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike, fspath
+
+from evermini.config import Settings
+from evermini.models import catalogue, pull
+from evermini.models.checkpoint import Checkpoint, open_checkpoint
+from evermini.models.decoder import Decoder
+from evermini.models.load import load_model
+from evermini.models.native import NativeDecoder
+from evermini.text.tokenizer import Tokenizer
+
+OnFetch = Callable[[int, int, str], None]
+"""Told how a fetch of weights goes: bytes done, bytes in total, where from."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        entry: The tier under whose names it goes, if any.
+        checkpoint: What it was loaded from.
+        model: The model.
+        tokenizer: Its tokenizer.
+    """
+
+    entry: catalogue.CatalogueEntry | None
+    checkpoint: Checkpoint
+    model: NativeDecoder | Decoder
+    tokenizer: Tokenizer
+
+
+def load_checkpoint(
+    name_or_path: str | PathLike[str], settings: Settings, *, progress: OnFetch | None = None
+) -> Loaded:
+    """Fetch (if need be) and load a model.
+
+    Args:
+        name_or_path: Tier, alias or path of a checkpoint; ``mini=PATH`` is the checkpoint at PATH under the names
+            of the tier mini.
+        settings: Home folder, device, precision, threads.
+        progress: Told how a fetch of the weights goes, as in `evermini.models.pull.ensure`.
+
+    Raises:
+        ModelNotFoundError: Nothing has that name.
+        DownloadError: The weights could not be fetched.
+        ModelError: The checkpoint cannot be used.
+    """
+    entry, source = what_to_serve(fspath(name_or_path))
+    checkpoint = open_checkpoint(
+        pull.ensure(source, home=settings.home, progress=progress, weights_dir=settings.weights_dir)
+    )
+    model = load_model(
+        checkpoint,
+        device=settings.device,
+        precision=settings.precision,
+        threads=settings.threads,
+        home=settings.home,
+    )
+    return Loaded(entry, checkpoint, model, Tokenizer(checkpoint.tokenizer))
+
+
+def what_to_serve(name: str) -> tuple[catalogue.CatalogueEntry | None, str]:
+    """Return whose names a model is served under, and what it is loaded from.
+
+    ``mini`` is the tier with its own weights, ``PATH`` a checkpoint under its own name, ``mini=PATH`` a checkpoint
+    under the names of the tier.
+    """
+    tier, _, path = name.partition("=")
+    if path and (entry := catalogue.find(tier)):
+        return entry, path
+    return catalogue.find(name), name
