@@ -71,7 +71,7 @@ def tiny_served(like: ServedModel, model: TinyModel, settings: Settings) -> Serv
     """A served model with random weights and the tokenizer of ``like``, whose failures tests can plan."""
     worker = start_worker(model, settings)
     info = ModelInfo("org/tiny", (), 0, worker.max_model_len, "fp_tiny")
-    return ServedModel(info, worker, like.tokenizer, like.template)
+    return ServedModel(info, worker, like.tokenizer, like.template, like.grammars)
 
 
 def tiny_model(like: ServedModel, max_position: int = 256) -> TinyModel:

@@ -36,6 +36,7 @@ ONLY_IN: dict[str, set[str]] = {
     "typer": {"cli"},
     "rich": {"cli"},
     "tokenizers": {"text"},
+    "llguidance": {"text"},
     "jinja2": {"text"},
     "transformers": set(),
     "openai": set(),

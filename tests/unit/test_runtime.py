@@ -27,7 +27,9 @@ def served(model_id: str, *aliases: str) -> ServedModel:
     engine = Engine(TinyModel(), num_blocks=4, max_batch_tokens=64, max_num_seqs=2, max_waiting=2)
     worker = EngineWorker(engine)
     nothing: Any = None
-    return ServedModel(ModelInfo(model_id, aliases, 0, 128, "fp_0"), worker, nothing, nothing)
+    return ServedModel(
+        ModelInfo(model_id, aliases, 0, 128, "fp_0"), worker, nothing, nothing, nothing
+    )
 
 
 class TestNames:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
+from evermini.engine.masks import MaskFiller, MaskTimes, PendingMasks
 from evermini.engine.request import Event, Finished, FinishReason, PromptDone, SamplingParams
 from evermini.engine.sampler import Sampler, prompt_logprobs
 from evermini.engine.scheduler import Chunk, Scheduler
@@ -48,6 +49,7 @@ class EngineStats:
         steps: Forward passes.
         step_seconds: Time spent in them, sampling included.
         finished: Requests ended, by reason.
+        mask_times: How long the masks of a step took, for steps that had any.
     """
 
     running: int
@@ -62,6 +64,7 @@ class EngineStats:
     steps: int
     step_seconds: float
     finished: abc.Mapping[FinishReason, int]
+    mask_times: MaskTimes
 
 
 class Engine:
@@ -95,6 +98,7 @@ class Engine:
         self._kv = model.new_kv_cache(num_blocks)
         self.max_unfinished = max_num_seqs + max_waiting
         self.max_model_len = min(model.config.max_position, num_blocks * BLOCK_SIZE)
+        self._masks = MaskFiller(model.config.vocab_size)
         self._sequences: dict[str, Sequence] = {}
         self._events: list[tuple[str, Event]] = []
         self._num_added = 0
@@ -184,6 +188,7 @@ class Engine:
             params=params,
             sampler=Sampler(params, seed),
             chain=PrefixChain(cache_salt),
+            constraint=None if params.constraint is None else params.constraint.start(),
         )
         self._num_added += 1
         self._sequences[request_id] = sequence
@@ -201,12 +206,14 @@ class Engine:
         """
         if chunks := self._scheduler.schedule():
             started = time.perf_counter()
+            masks = self._masks.begin([c.sequence for c in chunks if _draws(c)])
             try:
                 logits = self._forward(chunks)
             except Exception as error:
+                masks.discard()
                 self._fail(chunks, error)
             else:
-                self._advance(chunks, logits)
+                self._advance(chunks, logits, masks)
             self._steps += 1
             self._step_seconds += time.perf_counter() - started
         events, self._events = self._events, []
@@ -227,6 +234,7 @@ class Engine:
             steps=self._steps,
             step_seconds=self._step_seconds,
             finished=dict(self._finished),
+            mask_times=self._masks.times(),
         )
 
     def check_integrity(self) -> None:
@@ -277,7 +285,7 @@ class Engine:
         with torch.inference_mode():
             return self._model.forward(batch, self._kv)
 
-    def _advance(self, chunks: list[Chunk], logits: Tensor) -> None:
+    def _advance(self, chunks: list[Chunk], logits: Tensor, masks: PendingMasks) -> None:
         """Book what the step computed: publish blocks, score prompts, draw tokens, end requests."""
         row = 0
         for chunk in chunks:
@@ -292,7 +300,7 @@ class Engine:
             try:
                 self._score_prompt(chunk, mine)
                 if sequence.num_remaining == 0:
-                    self._draw(sequence, mine)
+                    self._draw(sequence, mine, masks)
             except EngineError as error:
                 self._finish(sequence, "error", error.message)
 
@@ -306,7 +314,7 @@ class Engine:
         next_ids = sequence.token_ids[first : min(chunk.end + 1, sequence.num_prompt)]
         sequence.prompt_logprobs += prompt_logprobs(logits[: len(next_ids)], next_ids, num_top)
 
-    def _draw(self, sequence: Sequence, logits: Tensor) -> None:
+    def _draw(self, sequence: Sequence, logits: Tensor, masks: PendingMasks) -> None:
         """Draw the next token from the last row of ``logits``, after the prompt's end was reported."""
         params, request_id = sequence.params, sequence.request_id
         if not sequence.prompt_done:
@@ -317,13 +325,18 @@ class Engine:
             self._prompt_tokens += sequence.num_prompt
             self._cached_tokens += sequence.cached_tokens
         if sequence.num_generated < params.max_tokens:
-            output = sequence.sampler.draw(logits[-1].numpy())
+            output = sequence.sampler.draw(logits[-1].numpy(), masks.of(sequence))
             if output.token_id in params.stop_token_ids:
                 self._finish(sequence, "stop")
                 return
+            if sequence.constraint is not None:
+                sequence.constraint.advance(output.token_id)
             sequence.token_ids.append(output.token_id)
             self._generated_tokens += 1
             self._events.append((request_id, output))
+            if sequence.constraint is not None and sequence.constraint.is_done:
+                self._finish(sequence, "stop")
+                return
         if sequence.num_generated == params.max_tokens:
             self._finish(sequence, "length")
 
@@ -351,6 +364,13 @@ def _wanted_rows(chunk: Chunk) -> range:
     if sequence.is_scoring:
         return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), end)
     return range(end - 1, end) if is_last else range(0)
+
+
+def _draws(chunk: Chunk) -> bool:
+    """Return whether a token is drawn after ``chunk``."""
+    sequence = chunk.sequence
+    is_last = chunk.end == len(sequence.token_ids)
+    return is_last and sequence.num_generated < sequence.params.max_tokens
 
 
 def overloaded(max_unfinished: int) -> OverloadedError:

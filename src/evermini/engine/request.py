@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from evermini.engine.constraint import Constraint
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -25,6 +27,8 @@ class SamplingParams:
         stop_token_ids: Generation ends when one is drawn; it is not part of the output.
         top_logprobs: ``None``: no log-probabilities; n >= 0: the drawn token's and the n most likely ones'.
         prompt_logprobs: As ``top_logprobs``, for each prompt token (echo).
+        constraint: Only tokens that it allows are drawn, whatever the bias; the output ends (``"stop"``) as soon as
+            nothing may follow.
     """
 
     max_tokens: int = 16
@@ -38,6 +42,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

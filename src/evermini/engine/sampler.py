@@ -4,8 +4,9 @@ Rows are handled one by one: a row's result then cannot depend on its batch mate
 faster than batched torch operations (152k logits: argmax 10 us against 180 us). Randomness is one number per token,
 a pure function of (seed, index of the token), so a preempted request continues as if nothing had happened.
 
-Order of operations: logit_bias, penalties, min_tokens mask, temperature, top_p. Log-probabilities are those of the
-model itself, before any of these.
+Order of operations: logit_bias, penalties, masks (grammar, min_tokens), temperature, top_p. So no bias brings back
+what a grammar forbids, and the nucleus is one of allowed tokens. Log-probabilities are those of the model itself,
+before any of these.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from evermini.errors import EngineError
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.int32]
 
 MIN_TEMPERATURE = 1e-5
 """Below it, sampling is greedy: float32 logits divided by less would overflow, and the limit is the same."""
@@ -47,15 +49,25 @@ class Sampler:
         self._biases = np.fromiter(params.logit_bias.values(), np.float32)
         self._stop_ids = np.fromiter(params.stop_token_ids, np.intp)
 
-    def draw(self, logits: Row) -> TokenOutput:
+    def draw(self, logits: Row, mask: Mask | None = None) -> TokenOutput:
         """Draw the next token from ``logits`` (vocab_size,), which are left as they are.
 
+        Args:
+            logits: The model's.
+            mask: Bits of the allowed tokens, as `ConstraintState.fill_mask` writes them; ``None``: all.
+
         Raises:
-            EngineError: The logits have no finite maximum.
+            EngineError: The logits have no finite maximum, or no token is allowed.
         """
         params = self._params
-        adjusted = self._adjust(logits)
+        adjusted = self._adjust(logits, mask)
         best = int(adjusted.argmax())
+        if mask is not None and adjusted[best] == -np.inf:
+            _require_finite(logits.max())
+            raise EngineError(
+                "No token of this model can go on where the requested grammar stands. Change the grammar: it asks for "
+                "characters that the model cannot write."
+            )
         _require_finite(adjusted[best])
         if params.temperature < MIN_TEMPERATURE:
             token_id = best
@@ -69,11 +81,11 @@ class Sampler:
             return TokenOutput(token_id)
         return TokenOutput(token_id, logprob(logits, token_id, params.top_logprobs))
 
-    def _adjust(self, logits: Row) -> Row:
-        """Apply bias, penalties and the min_tokens mask, copying only if there is something to apply."""
+    def _adjust(self, logits: Row, mask: Mask | None) -> Row:
+        """Apply bias, penalties and masks, copying only if there is something to apply."""
         params = self._params
         masked = len(self._stop_ids) and self._num_drawn < params.min_tokens
-        if not (len(self._bias_ids) or self._counts or masked):
+        if not (len(self._bias_ids) or self._counts or masked or mask is not None):
             return logits
         adjusted = logits.copy()
         adjusted[self._bias_ids] += self._biases
@@ -83,6 +95,9 @@ class Sampler:
             adjusted[ids] -= params.frequency_penalty * counts + params.presence_penalty
         if masked:
             adjusted[self._stop_ids] = -np.inf
+        if mask is not None:
+            allowed = np.unpackbits(mask.view(np.uint8), count=len(logits), bitorder="little")
+            adjusted[allowed == 0] = -np.inf
         return adjusted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from evermini.engine.constraint import ConstraintState
 from evermini.engine.kv import BlockKey, PrefixChain
 from evermini.engine.request import SamplingParams, TokenLogprob
 from evermini.engine.sampler import Sampler
@@ -25,6 +26,7 @@ class Sequence:
         num_prompt: Tokens of the prompt.
         params: How to generate.
         sampler: Draws this request's tokens.
+        constraint: Where the output stands in its grammar, if it has one.
         chain: Keys of the full blocks of ``token_ids``.
         is_running: Admitted, so it owns blocks; else it waits.
         num_computed: Tokens whose keys and values are in KV memory.
@@ -44,6 +46,7 @@ class Sequence:
     params: SamplingParams
     sampler: Sampler
     chain: PrefixChain
+    constraint: ConstraintState | None = None
     is_running: bool = False
     num_computed: int = 0
     cached_tokens: int | None = None

@@ -27,6 +27,7 @@ from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
 from evermini.service.reading import LongReader
 from evermini.text.chat import ChatTemplate
+from evermini.text.grammar import GrammarCompiler
 from evermini.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class ServedModel:
     worker: EngineWorker
     tokenizer: Tokenizer
     template: ChatTemplate
+    grammars: GrammarCompiler
     reader: LongReader | None = None
     """Reads prompts longer than the engine's window; ``None``: they are refused."""
 
@@ -187,7 +189,7 @@ def load_tier(
         context_window=reader.max_prompt_tokens if reader else worker.max_model_len,
         system_fingerprint=_fingerprint(checkpoint, settings),
     )
-    return ServedModel(info, worker, tokenizer, template, reader)
+    return ServedModel(info, worker, tokenizer, template, GrammarCompiler(tokenizer), reader)
 
 
 def start_worker(model: Model, settings: Settings) -> EngineWorker:

@@ -1,0 +1,186 @@
+"""Grammars over a model's tokens: JSON schemas, Lark grammars and regular expressions, as masks of allowed tokens.
+
+    compiler = GrammarCompiler(tokenizer)
+    grammar = compiler.json_schema({"type": "object", ...})
+    state = grammar.start()
+    state.fill_mask(row); state.advance(token_id); state.is_done
+
+A grammar is one of bytes; llguidance walks it over the vocabulary's trie, so a token may span any of the grammar's
+parts, and half of a character is a fine token where the grammar allows the character.
+
+JSON is written on one line with one space after each comma and colon. Free whitespace would let a model that has lost
+its thread write blanks for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from evermini.errors import EngineError, InvalidRequestError
+from evermini.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+    from torch import Tensor
+
+CACHED_GRAMMARS = 256
+"""Compiled grammars that are kept; the least recently used goes first."""
+
+_STYLE: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+"""How `json.dumps` writes, which is what models have seen most of."""
+
+_LIMITS = LLParserLimits(verbose_errors=False)
+
+
+class GrammarState:
+    """Where one text stands in its grammar (see `evermini.engine.constraint.ConstraintState`)."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fill_mask(self, row: Tensor) -> None:
+        """Write the allowed tokens' bits into ``row`` (ceil(vocab_size / 32),), int32 on the CPU.
+
+        Raises:
+            EngineError: The next tokens cannot be worked out within the limits on time and memory.
+        """
+        self._matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
+        self._check()
+
+    def advance(self, token_id: int) -> None:
+        """Take an allowed token.
+
+        Raises:
+            EngineError: It is not allowed.
+        """
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def num_valid(self, token_ids: Sequence[int]) -> int:
+        """Return how many of ``token_ids`` could come next, from the first on."""
+        return self._matcher.validate_tokens(list(token_ids))
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing but an end token may follow."""
+        return self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise EngineError(
+                f"The requested grammar cannot be followed any further ({_first_line(self._matcher.get_error())}). "
+                "Simplify the schema or grammar."
+            )
+
+
+class Grammar:
+    """A compiled grammar; `start` as many texts as you like, from any thread."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def start(self) -> GrammarState:
+        """Return a state at the beginning."""
+        return GrammarState(self._matcher.deep_copy())
+
+
+class GrammarCompiler:
+    """Compiles grammars for one model's tokens; safe to use from several threads.
+
+    Compiling releases the GIL. What was compiled before comes from a cache.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._lock = threading.Lock()
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()
+        self._vocabulary: LLTokenizer | None = None
+
+    def json_schema(self, schema: Mapping[str, Any] | bool) -> Grammar:
+        """Return the grammar of the JSON values that ``schema`` accepts.
+
+        Raises:
+            InvalidRequestError: The schema is wrong, too complex, or cannot be enforced in full.
+        """
+        text = json.dumps(schema)
+        return self._compiled(LLMatcher.grammar_from_json_schema(text, overrides=_STYLE))
+
+    def json_object(self) -> Grammar:
+        """Return the grammar of all JSON objects."""
+        return self.json_schema({"type": "object"})
+
+    def lark(self, text: str) -> Grammar:
+        """Return the grammar that ``text`` defines in llguidance's dialect of Lark.
+
+        Raises:
+            InvalidRequestError: The grammar is wrong or too complex.
+        """
+        return self._compiled(LLMatcher.grammar_from_lark(text))
+
+    def regex(self, pattern: str) -> Grammar:
+        """Return the grammar of all texts that match ``pattern`` from end to end.
+
+        Raises:
+            InvalidRequestError: The pattern is wrong or too complex.
+        """
+        return self._compiled(LLMatcher.grammar_from_regex(pattern))
+
+    def _compiled(self, source: str) -> Grammar:
+        with self._lock:
+            if grammar := self._cache.get(source):
+                self._cache.move_to_end(source)
+                return grammar
+            vocabulary = self._vocabulary
+            if vocabulary is None:
+                vocabulary = self._vocabulary = _vocabulary_of(self._tokenizer)
+        matcher = LLMatcher(vocabulary, source, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise InvalidRequestError(f"Invalid grammar: {_first_line(matcher.get_error())}")
+        grammar = Grammar(matcher)
+        with self._lock:
+            self._cache[source] = grammar
+            if len(self._cache) > CACHED_GRAMMARS:
+                self._cache.popitem(last=False)
+        return grammar
+
+
+class _Tokens:
+    """A tokenizer as llguidance asks for it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = min(tokenizer.eos_ids)
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError("takes text")  # how the wrapper finds out
+        return self._tokenizer.encode(text)
+
+
+def _vocabulary_of(tokenizer: Tokenizer) -> LLTokenizer:
+    return LLTokenizer(
+        TokenizerWrapper(_Tokens(tokenizer)),
+        n_vocab=tokenizer.vocab_size,
+        eos_token=sorted(tokenizer.eos_ids),
+        slices=LLTokenizer.json_slices(),
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
