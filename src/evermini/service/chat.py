@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from evermini.errors import UnsupportedParameterError
 from evermini.service.decode import ScoredToken
 from evermini.service.generation import (
     Candidate,
@@ -25,13 +24,10 @@ from evermini.service.generation import (
 )
 from evermini.service.limits import check_output, output_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
-from evermini.service.offload import tokenise
-from evermini.service.reading import OnProgress, Recalled, least_room
+from evermini.service.prompting import make_prompt
+from evermini.service.reading import OnProgress, Recalled
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest
-
-_SURELY_LONG = 8
-"""With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
 
 
 @dataclass
@@ -128,7 +124,7 @@ async def start(
     )
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     check_output(request)
-    prompt, recalled = await _prompt(served, request, progress)
+    prompt, recalled = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
     candidates = [
         Candidate(
@@ -150,34 +146,3 @@ async def start(
     )
     generation.start()
     return ChatRun(served, request, generation, recalled)
-
-
-async def _prompt(
-    served: ServedModel, request: ChatRequest, progress: OnProgress | None
-) -> tuple[Sequence[int], Recalled | None]:
-    """Return what the engine computes and, if that is not all that was sent, how it was chosen."""
-    window, reader = served.worker.max_model_len, served.reader
-    if reader is None and request.reading == "recall":
-        raise UnsupportedParameterError(
-            "Recall is switched off for this model. Set x_evermini.reading to 'auto' or 'dense', or switch the setting "
-            "'recall' on.",
-            param="x_evermini.reading",
-        )
-    texts = [message.text() for message in request.messages]
-    num_characters = sum(map(len, texts))
-    prompt: Sequence[int] | None = None
-
-    async def whole() -> Sequence[int]:
-        messages = [m.for_template(text) for m, text in zip(request.messages, texts, strict=True)]
-        return await tokenise(num_characters, served.template.encode_chat, messages)
-
-    if reader is None or request.reading == "dense":
-        return await whole(), None
-    if request.reading == "auto" and num_characters <= _SURELY_LONG * window:
-        prompt = await whole()
-        if len(prompt) + (request.max_output or least_room(window)) <= window:
-            return prompt, None
-    recalled = await reader.read(request, window=window, progress=progress)
-    if recalled is not None:
-        return recalled.prompt, recalled
-    return await whole() if prompt is None else prompt, None

@@ -1,0 +1,262 @@
+"""A prompt that fits the window, from one that does not: what stays whole, and what stands in the long texts' places.
+
+    plan = assembler.plan(request, window=8192)
+    readings, included = assembler.excerpts(plan, selection.spans)
+    prompt = assembler.encode(request, plan.parts, readings)
+
+Computes and tokenises, so it belongs off the event loop; safe to use from several threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from evermini.errors import ContextLengthError
+from evermini.recall.prompt import Span, excerpts
+from evermini.recall.segment import Segment, cut
+from evermini.service.parts import QUESTION_CHARS, TIERS, Parts, Piece, split
+from evermini.service.schemas import ChatRequest
+from evermini.text.chat import ChatTemplate
+from evermini.text.tokenizer import Tokenizer
+
+MAX_PROMPT_TOKENS = 1_047_576
+"""Longest prompt of a chat completion (gpt-4.1's published window)."""
+EXCERPT_TOKENS = 3072
+"""What is read of the long texts at most, marks included: it is computed anew for each question."""
+MIN_EXCERPT_TOKENS = 512
+"""With less room than this, no answer is tried."""
+MARK_TOKENS = 48
+"""Room for the mark of a place nothing was taken from."""
+DEFAULT_ROOM = 1024
+"""Tokens left for the answer if the request names no limit; an eighth of a small window."""
+_COUNTS_KEPT = 1 << 16
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A span that was chosen, and where the caller finds it.
+
+    Attributes:
+        score: Its vote; comparable within one question.
+        source: The document's name, if it has one.
+        message: Number of the message.
+        part: Number of the content part.
+        characters: First and past-the-end character, in the document or else in the part.
+        lines: First and last line, from 1, likewise.
+        is_included: It is in the prompt; false: there was no room.
+    """
+
+    score: float
+    source: str | None
+    message: int
+    part: int
+    characters: tuple[int, int]
+    lines: tuple[int, int]
+    is_included: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a long prompt is taken apart.
+
+    Attributes:
+        parts: Its pieces.
+        question: What is asked of the long ones.
+        pieces: The segments of each long piece.
+        full_tokens: Tokens that were sent.
+        budget: Tokens that may stand in the long pieces' places, all together.
+    """
+
+    parts: Parts
+    question: str
+    pieces: list[list[Segment]]
+    full_tokens: int
+    budget: int
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All segments, in order."""
+        return [segment for segments in self.pieces for segment in segments]
+
+    @property
+    def groups(self) -> list[list[int]]:
+        """The numbers of long pieces that share one place: of one message, with only white space between them."""
+        return _groups(self.parts)
+
+    def passages(self, spans: Sequence[Span], included: set[Span]) -> tuple[Passage, ...]:
+        """Return where the caller finds the spans that were chosen."""
+        owners = [
+            piece for piece, found in zip(self.parts.long, self.pieces, strict=True) for _ in found
+        ]
+        return tuple(_passage(span, owners[span.segment], span in included) for span in spans)
+
+
+class Assembler:
+    """Takes long prompts apart and writes short ones, for one model.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: Its chat template.
+        known: Returns the tokens of a segment that was tokenised before, by its digest, or ``None``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        known: Callable[[str], int | None] = lambda digest: None,
+    ) -> None:
+        self._tokenizer, self._template = tokenizer, template
+        self._known = known
+        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._counting = threading.Lock()
+
+    def plan(self, request: ChatRequest, *, window: int, limit: int) -> Plan | None:
+        """Take a prompt apart, or return ``None`` if it fits anyway (and may be read whole) or has no long text.
+
+        Args:
+            request: The conversation.
+            window: Tokens the engine takes, the answer's included.
+            limit: Longest prompt that is accepted, in tokens.
+
+        Raises:
+            ContextLengthError: The prompt is too long, or what must stay whole is.
+        """
+        room = request.max_output or default_room(window)
+        skeleton = budget = 0
+        for tier in TIERS:
+            cut_up = split(request.messages, tier)
+            if not cut_up.long:
+                continue
+            parts = cut_up
+            skeleton = len(self.encode(request, parts, [""] * len(parts.long)))
+            budget = min(EXCERPT_TOKENS, window - room - skeleton)
+            if budget >= MIN_EXCERPT_TOKENS:
+                break
+        if not skeleton:
+            return None
+        pieces = [cut(piece.text, piece.name) for piece in parts.long]
+        full = skeleton + sum(self.count(segment) for found in pieces for segment in found)
+        if full > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, your messages "
+                f"resulted in {full} tokens. Please reduce the length of the messages.",
+                param="messages",
+            )
+        if (
+            request.reading == "auto"
+            and full + (request.max_output or least_room(window)) <= window
+        ):
+            return None
+        if budget < MIN_EXCERPT_TOKENS:
+            raise ContextLengthError(
+                f"This model's native window is {window} tokens; it reads longer prompts ({full} tokens) in excerpts. "
+                f"However, what stays whole (instructions, short messages, the question: {skeleton} tokens) and the "
+                f"completion ({room} tokens) leave less than {MIN_EXCERPT_TOKENS} tokens for them. Please reduce the "
+                "length of these messages or of the completion.",
+                param="messages",
+            )
+        question = parts.question or request.messages[-1].text()[-QUESTION_CHARS:]
+        return Plan(parts, question, pieces, full, budget)
+
+    def count(self, segment: Segment) -> int:
+        """Return a segment's tokens, from memory where it is known."""
+        with self._counting:
+            if (count := self._counts.get(segment.digest)) is not None:
+                self._counts.move_to_end(segment.digest)
+                return count
+        count = self._known(segment.digest)
+        if count is None:
+            count = len(self._tokenizer.encode(segment.text))
+        with self._counting:
+            self._counts[segment.digest] = count
+            while len(self._counts) > _COUNTS_KEPT:
+                self._counts.popitem(last=False)
+        return count
+
+    def encode(self, request: ChatRequest, parts: Parts, readings: Sequence[str]) -> list[int]:
+        """Return the prompt with the long pieces replaced by ``readings``."""
+        texts = [""] * len(request.messages)
+        found = iter(readings)
+        for piece in parts.pieces:
+            texts[piece.message] += next(found) if piece.is_long else piece.text
+        messages = [
+            message.for_template(text)
+            for message, text in zip(request.messages, texts, strict=True)
+        ]
+        return self._template.encode_chat(messages)
+
+    def excerpts(self, plan: Plan, spans: Iterable[Span]) -> tuple[list[str], set[Span]]:
+        """Return what stands in each long piece's place, and the spans that are in it.
+
+        Documents that follow each other in a message share one text, written in the place of the first. Texts with the
+        best spans get room first; each keeps enough to say what is missing.
+        """
+        groups = plan.groups
+        readings = [""] * len(plan.pieces)
+        firsts = [0]
+        for found in plan.pieces:
+            firsts.append(firsts[-1] + len(found))
+        ranges = [(firsts[group[0]], firsts[group[-1] + 1]) for group in groups]
+        by_group = [[span for span in spans if a <= span.segment < b] for a, b in ranges]
+        ranked = sorted(
+            range(len(groups)), key=lambda g: -max((s.score for s in by_group[g]), default=0.0)
+        )
+        budget, included = plan.budget, set[Span]()
+        for done, number in enumerate(ranked, start=1):
+            first, last = ranges[number]
+            own = {replace(span, segment=span.segment - first): span for span in by_group[number]}
+            result = excerpts(
+                plan.segments[first:last],
+                list(own),
+                lambda text: len(self._tokenizer.encode(text)),
+                budget - MARK_TOKENS * (len(ranked) - done),
+            )
+            readings[groups[number][0]] = result.text
+            included |= {own[span] for span in result.included}
+            budget -= result.num_tokens
+        return readings, included
+
+
+def least_room(window: int) -> int:
+    """Return the tokens left for an answer of no stated length, from which on a prompt counts as fitting."""
+    return min(256, window // 32)
+
+
+def default_room(window: int) -> int:
+    """Return the tokens left for an answer of no stated length."""
+    return min(DEFAULT_ROOM, window // 8)
+
+
+def _groups(parts: Parts) -> list[list[int]]:
+    """Group the long pieces by number: those of one message with nothing but white space between them."""
+    keys: list[int] = []
+    key, message = 0, -1
+    for piece in parts.pieces:
+        if piece.message != message or (not piece.is_long and piece.text.strip()):
+            key, message = key + 1, piece.message
+        if piece.is_long:
+            keys.append(key)
+    return [
+        [number for number, _ in group]
+        for _, group in groupby(enumerate(keys), key=lambda item: item[1])
+    ]
+
+
+def _passage(span: Span, piece: Piece, is_included: bool) -> Passage:
+    start, end = span.chars
+    first, last = span.lines
+    shift = piece.first_line - 1
+    return Passage(
+        score=span.score,
+        source=piece.name,
+        message=piece.message,
+        part=piece.part,
+        characters=(piece.first_char + start, piece.first_char + end),
+        lines=(shift + first, shift + last),
+        is_included=is_included,
+    )

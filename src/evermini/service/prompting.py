@@ -1,0 +1,47 @@
+"""What the engine computes for a conversation: all of it, or what a long one is read down to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evermini.errors import UnsupportedParameterError
+from evermini.service.assembly import least_room
+from evermini.service.offload import tokenise
+from evermini.service.reading import OnProgress, Recalled
+from evermini.service.runtime import ServedModel
+from evermini.service.schemas import ChatRequest
+
+_SURELY_LONG = 8
+"""With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
+
+
+async def make_prompt(
+    served: ServedModel, request: ChatRequest, progress: OnProgress | None
+) -> tuple[Sequence[int], Recalled | None]:
+    """Return what the engine computes and, if that is not all that was sent, how it was chosen."""
+    window, reader = served.worker.max_model_len, served.reader
+    if reader is None and request.reading == "recall":
+        raise UnsupportedParameterError(
+            "Recall is switched off for this model. Set x_evermini.reading to 'auto' or 'dense', or switch the setting "
+            "'recall' on.",
+            param="x_evermini.reading",
+        )
+    texts = [message.text() for message in request.messages]
+    num_characters = sum(map(len, texts))
+    prompt: Sequence[int] | None = None
+
+    async def whole() -> Sequence[int]:
+        messages = [m.for_template(text) for m, text in zip(request.messages, texts, strict=True)]
+        return await tokenise(num_characters, served.template.encode_chat, messages)
+
+    if reader is None or request.reading == "dense":
+        return await whole(), None
+    if request.reading == "auto" and num_characters <= _SURELY_LONG * window:
+        prompt = await whole()
+        if len(prompt) + (request.max_output or least_room(window)) <= window:
+            return prompt, None
+    plan = await reader.plan(request, window=window)
+    if plan is None:
+        return await whole() if prompt is None else prompt, None
+    recalled = await reader.read(request, plan, progress)
+    return recalled.prompt, recalled
