@@ -207,6 +207,15 @@ class Settings:
         shown="none",
         metavar="ORIGINS",
     )
+    database_url: str | None = _setting(
+        None,
+        "Database of stored answers: `postgresql://USER:PASSWORD@HOST/NAME`, or `sqlite:////PATH`. Several servers may "
+        "share one.",
+        group="Server",
+        shown="the file `evermini.db` in the home folder",
+        metavar="URL",
+        secret=True,
+    )
     max_request_bytes: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
         64 * 1024**2,
         "Largest request body that is read.",

@@ -27,6 +27,7 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   └── DiskSpaceError
     ├── UpstreamError                   502: another server that was asked does not answer, or refuses
     ├── RecallDiskError                 the index of a long context does not fit under its disk cap
+    ├── StorageError                    503: the database cannot be used
     └── ConfigError                     a setting that cannot be honoured
 """
 
@@ -182,6 +183,12 @@ class UpstreamError(EverminiError):
 
 class RecallDiskError(EverminiError):
     """The index of a long context does not fit under the cap on its disk space."""
+
+
+class StorageError(EverminiError):
+    """The database cannot be reached or written, or is another version's."""
+
+    status = 503
 
 
 class ConfigError(EverminiError):

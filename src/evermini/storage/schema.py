@@ -1,0 +1,75 @@
+"""What all tables have in common: their base class, column types, and pages of a listing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from sqlalchemy import JSON, BigInteger, Integer, MetaData, Select
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
+
+Json = dict[str, Any]
+Order = Literal["asc", "desc"]
+RowT = TypeVar("RowT")
+
+Number = BigInteger().with_variant(Integer, "sqlite")
+"""A table's own ascending key, in order of insertion. Clients see string ids; pages and foreign keys use this one.
+
+SQLite only counts up a column whose type is INTEGER, which has 64 bits there.
+"""
+
+
+class Base(DeclarativeBase):
+    """Base of all tables. Constraints have predictable names, so that later migrations can find them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {Json: JSON, list[Json]: JSON}  # noqa: RUF012  (declared by SQLAlchemy)
+
+
+@dataclass(frozen=True)
+class Page(Generic[RowT]):
+    """Some rows of a listing, and whether there are more behind them."""
+
+    rows: Sequence[RowT]
+    has_more: bool
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Which page of a listing: at most ``limit`` rows that come after the one with the id ``after``."""
+
+    after: str | None = None
+    limit: int = 20
+    order: Order = "asc"
+
+
+def page(
+    session: Session,
+    query: Select[RowT],
+    key: InstrumentedAttribute[int],
+    after: int | None,
+    cursor: Cursor,
+) -> Page[RowT]:
+    """Return a page of ``query``, sorted by ``key``, which is unique.
+
+    Args:
+        session: Where to ask.
+        query: The rows to choose from.
+        key: What they are sorted by.
+        after: The key of the row before the page; ``None``: from the start.
+        cursor: The length and the order.
+    """
+    ascending = cursor.order == "asc"
+    if after is not None:
+        query = query.where(key > after if ascending else key < after)
+    query = query.order_by(key.asc() if ascending else key.desc()).limit(cursor.limit + 1)
+    rows = session.scalars(query).all()
+    return Page(rows[: cursor.limit], len(rows) > cursor.limit)

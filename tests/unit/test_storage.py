@@ -1,0 +1,417 @@
+"""The database: migrations, durability, and what the stores promise, on SQLite and on PostgreSQL where present."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import URL, inspect, make_url, text
+
+from evermini.config import Settings
+from evermini.errors import ConfigError, InvalidRequestError, StorageError
+from evermini.storage import database as database_module
+from evermini.storage import migrate as migrate_module
+from evermini.storage.chats import ChatStore
+from evermini.storage.conversations import ConversationStore
+from evermini.storage.database import Database, database_url
+from evermini.storage.responses import Addition, Lease, ResponseStore, StoredResponse
+from evermini.storage.schema import Base, Cursor
+from tests.databases import postgres_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[URL]:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        yield URL.create("sqlite", database=str(tmp_path / "evermini.db"))
+        return
+    from sqlalchemy import create_engine
+
+    server = make_url(request.getfixturevalue("postgres")).set(drivername="postgresql+psycopg")
+    name = f"test_{time.time_ns()}"
+    admin = create_engine(server, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield server.set(database=name)
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()
+
+
+@pytest.fixture
+def database(url: URL) -> Iterator[Database]:
+    with Database(url) as database:
+        yield database
+
+
+def chat_body(completion_id: str, model: str = "m") -> dict[str, Any]:
+    return {"id": completion_id, "object": "chat.completion", "model": model, "choices": []}
+
+
+def response(
+    response_id: str, *, status: str = "completed", previous: str | None = None, **fields: Any
+) -> StoredResponse:
+    body = {"id": response_id, "status": status, "previous_response_id": previous, "output": []}
+    defaults: dict[str, Any] = {"items": [{"id": f"msg_{response_id}"}], "request": {"model": "m"}}
+    return StoredResponse(body, **{**defaults, **fields})
+
+
+class TestDatabase:
+    def test_the_tables_are_those_of_the_models(self, database: Database, url: URL) -> None:
+        with database.reading() as session:
+            context = MigrationContext.configure(
+                session.connection(), opts={"compare_type": True, "compare_server_default": True}
+            )
+            assert compare_metadata(context, Base.metadata) == []
+
+    def test_opening_again_changes_nothing(self, url: URL) -> None:
+        for _ in range(2):
+            with Database(url) as database:
+                store = ChatStore(database)
+                if store.get("chatcmpl-1") is None:
+                    store.add(chat_body("chatcmpl-1"), [], {})
+        with Database(url) as database:
+            assert ChatStore(database).get("chatcmpl-1")
+
+    def test_many_may_open_an_empty_one_at_once(self, url: URL) -> None:
+        with ThreadPoolExecutor(6) as pool:
+            for opened in pool.map(lambda _: Database(url), range(6)):
+                opened.close()
+
+    def test_one_of_a_newer_version_is_refused(self, url: URL) -> None:
+        with Database(url) as database, database.writing() as session:
+            session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+        with pytest.raises(StorageError, match=r"newer version of Evermini.*9999.*Upgrade"):
+            Database(url)
+
+    def test_a_failed_revision_leaves_everything_as_it_was(self, url: URL, tmp_path: Path) -> None:
+        scripts = newer_scripts(
+            tmp_path, "op.execute('CREATE TABLE half (x INTEGER)'); raise RuntimeError('planned')"
+        )
+        with Database(url) as database:
+            engine = database._engine
+            with pytest.raises(RuntimeError, match="planned"):
+                migrate_module.migrate(engine, scripts)
+            assert "half" not in inspect(engine).get_table_names()
+            migrate_module.migrate(engine)  # nothing to do: still the revision it was
+
+    def test_a_session_that_fails_changes_nothing(self, database: Database) -> None:
+        store = ChatStore(database)
+        store.add(chat_body("chatcmpl-1"), [], {"a": "1"})
+
+        def half_done() -> None:
+            with database.writing() as session:
+                session.execute(text("DELETE FROM chat_completions"))
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            half_done()
+        assert store.get("chatcmpl-1")
+
+    def test_writers_take_turns(self, database: Database) -> None:
+        """Reading, then writing, in many threads at once: no update is lost, none is refused as busy."""
+        store = ConversationStore(database)
+        store.add("conv_1", {}, [])
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda n: store.append("conv_1", [{"id": "msg_x", "n": n}]), range(40)))
+        items = store.items("conv_1") or []
+        assert sorted(item["n"] for item in items) == list(range(40))
+        assert len({item["id"] for item in items}) == 40
+
+    def test_work_is_done_off_the_event_loop(self, database: Database) -> None:
+        async def ask() -> str:
+            return await database.run(lambda: threading.current_thread().name)
+
+        assert asyncio.run(ask()).startswith("evermini-database")
+
+    def test_nul_characters_are_kept_or_refused(self, database: Database) -> None:
+        store = ChatStore(database)
+        store.add(chat_body("chatcmpl-1"), [{"content": "a\x00b"}], {})
+        stored = store.get("chatcmpl-1")
+        assert stored
+        assert stored.messages == [{"content": "a\x00b"}]
+        if database.url.drivername == "sqlite":
+            assert store.get("a\x00b") is None
+        else:
+            with pytest.raises(InvalidRequestError, match="NUL"):
+                store.get("a\x00b")
+
+
+class TestSqlite:
+    def test_the_file_is_copied_before_it_is_changed(self, tmp_path: Path) -> None:
+        scripts = newer_scripts(tmp_path, "op.execute('DELETE FROM chat_completions')")
+        path = tmp_path / "evermini.db"
+        with Database(URL.create("sqlite", database=str(path))) as database:
+            assert not list(tmp_path.glob("*.before-*"))  # there was nothing to lose
+            ChatStore(database).add(chat_body("chatcmpl-1"), [], {})
+            migrate_module.migrate(database._engine, scripts)
+            assert ChatStore(database).get("chatcmpl-1") is None
+        with closing(sqlite3.connect(f"{path}.before-0099")) as copy:
+            assert copy.execute("SELECT id FROM chat_completions").fetchall() == [("chatcmpl-1",)]
+
+    def test_settings_of_the_connection(self, tmp_path: Path) -> None:
+        with (
+            Database(URL.create("sqlite", database=str(tmp_path / "x.db"))) as database,
+            database.reading() as session,
+        ):
+            wanted = {"journal_mode": "wal", "foreign_keys": 1, "synchronous": 2}
+            for name, value in wanted.items():
+                assert session.scalar(text(f"PRAGMA {name}")) == value
+
+    def test_a_lock_that_stays_is_a_clear_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.05)
+        path = tmp_path / "x.db"
+        with (
+            Database(URL.create("sqlite", database=str(path))) as database,
+            closing(sqlite3.connect(path, isolation_level=None)) as other,
+        ):
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StorageError, match="locked"):
+                ChatStore(database).add(chat_body("chatcmpl-1"), [], {})
+            assert ChatStore(database).get("chatcmpl-1") is None  # readers go on
+            other.execute("ROLLBACK")
+            ChatStore(database).add(chat_body("chatcmpl-1"), [], {})
+
+    def test_what_was_stored_survives_a_killed_process(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.db"
+        code = (
+            "import os, signal, sys; from sqlalchemy import URL\n"
+            "from evermini.storage.database import Database\n"
+            "from evermini.storage.chats import ChatStore\n"
+            f"store = ChatStore(Database(URL.create('sqlite', database={str(path)!r})))\n"
+            "store.add({'id': 'chatcmpl-1', 'model': 'm'}, [], {'a': 'b'})\n"
+            "os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=False)
+        with Database(URL.create("sqlite", database=str(path))) as database:
+            stored = ChatStore(database).get("chatcmpl-1")
+        assert stored
+        assert stored.body["metadata"] == {"a": "b"}
+
+
+class TestUrl:
+    def test_the_default_is_a_file_in_the_home_folder(self, tmp_path: Path) -> None:
+        url = database_url(Settings(home=tmp_path))
+        assert (url.drivername, url.database) == ("sqlite", str(tmp_path / "evermini.db"))
+
+    @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+psycopg"])
+    def test_postgresql_goes_through_psycopg(self, scheme: str) -> None:
+        url = database_url(Settings(database_url=f"{scheme}://u:p@h/d"))
+        assert url.drivername == "postgresql+psycopg"
+
+    @pytest.mark.parametrize(
+        "given", ["nonsense", "mysql://u:p@h/d", "sqlite://", "sqlite:///:memory:"]
+    )
+    def test_others_are_refused(self, given: str) -> None:
+        with pytest.raises(ConfigError, match="database_url cannot be used") as caught:
+            database_url(Settings(database_url=given))
+        assert ":p@" not in caught.value.message
+
+    def test_an_unreachable_server_is_a_clear_error(self, tmp_path: Path) -> None:
+        pytest.importorskip("psycopg")
+        with pytest.raises(StorageError, match="cannot be used"):
+            Database.open(Settings(database_url=f"postgresql://u:p@/d?host={tmp_path}"))
+
+
+class TestChats:
+    def test_listing_filters_sorts_and_pages(self, database: Database) -> None:
+        store = ChatStore(database)
+        for number in range(7):
+            metadata = {"parity": "odd" if number % 2 else "even", 'we"ird': f"{number}"}
+            model = "a" if number < 5 else "b"
+            store.add(chat_body(f"chatcmpl-{number}", model), [], metadata)
+
+        def ids(cursor: Cursor, **filters: Any) -> list[str]:
+            found = store.list(cursor, **{"model": None, "metadata": {}, **filters})
+            assert found is not None
+            return [chat.body["id"][-1] for chat in found.rows] + ["+"] * found.has_more
+
+        assert ids(Cursor()) == list("0123456")
+        assert ids(Cursor(limit=3)) == list("012+")
+        assert ids(Cursor(limit=3, after="chatcmpl-2")) == list("345+")
+        assert ids(Cursor(limit=3, after="chatcmpl-3")) == list("456")
+        assert ids(Cursor(order="desc", limit=2, after="chatcmpl-5")) == list("43+")
+        assert ids(Cursor(), model="b") == list("56")
+        assert ids(Cursor(), metadata={"parity": "odd"}) == list("135")
+        assert ids(Cursor(), model="a", metadata={"parity": "odd", 'we"ird': "3"}) == ["3"]
+        assert ids(Cursor(), metadata={"parity": "' OR 1=1 --"}) == []
+        assert store.list(Cursor(after="nobody"), model=None, metadata={}) is None
+
+    def test_metadata_is_replaced_and_found_again(self, database: Database) -> None:
+        store = ChatStore(database)
+        store.add(chat_body("chatcmpl-1"), [{"id": "chatcmpl-1-0"}], {"a": "1", "b": "2"})
+        changed = store.update("chatcmpl-1", {"b": "3", "c": "4"})
+        assert changed
+        assert changed.body["metadata"] == {"b": "3", "c": "4"}
+        assert changed == store.get("chatcmpl-1")
+        found = store.list(Cursor(), model=None, metadata={"a": "1"})
+        assert found
+        assert not found.rows
+        assert store.update("nobody", {}) is None
+
+    def test_deletion_takes_the_metadata_along(self, database: Database) -> None:
+        store = ChatStore(database)
+        store.add(chat_body("chatcmpl-1"), [], {"a": "1"})
+        assert store.delete("chatcmpl-1")
+        assert not store.delete("chatcmpl-1")
+        with database.reading() as session:
+            assert session.scalar(text("SELECT count(*) FROM chat_completion_metadata")) == 0
+
+
+class TestConversations:
+    def test_items_in_order_and_by_page(self, database: Database) -> None:
+        store = ConversationStore(database)
+        store.add("conv_1", {"topic": "x"}, [{"id": "msg_0"}])
+        store.append("conv_1", [{"id": f"msg_{n}"} for n in range(1, 5)])
+        assert [item["id"] for item in store.items("conv_1") or ()] == [
+            f"msg_{n}" for n in range(5)
+        ]
+        found = store.list("conv_1", Cursor(order="desc", limit=2, after="msg_3"))
+        assert found
+        assert [item["id"] for item in found.rows] == ["msg_2", "msg_1"]
+        assert found.has_more
+        with pytest.raises(KeyError):
+            store.list("conv_1", Cursor(after="msg_9"))
+
+    def test_a_taken_id_is_replaced_within_the_conversation_only(self, database: Database) -> None:
+        store = ConversationStore(database)
+        for name in ("conv_1", "conv_2"):
+            store.add(name, {}, [{"id": "msg_0"}])
+        (again,) = store.append("conv_1", [{"id": "msg_0", "text": "x"}]) or ()
+        assert again["id"].startswith("msg_")
+        assert again["id"] != "msg_0"
+        assert store.get_item("conv_1", again["id"]) == again
+        assert store.get_item("conv_2", "msg_0") == {"id": "msg_0"}
+
+    def test_deletion(self, database: Database) -> None:
+        store = ConversationStore(database)
+        store.add("conv_1", {}, [{"id": "msg_0"}, {"id": "msg_1"}])
+        kept = store.delete_item("conv_1", "msg_0")
+        assert kept
+        assert kept.id == "conv_1"
+        assert store.get_item("conv_1", "msg_0") is None
+        with pytest.raises(KeyError):
+            store.delete_item("conv_1", "msg_0")
+        assert store.delete("conv_1")
+        assert not store.delete("conv_1")
+        assert store.items("conv_1") is None
+        assert store.append("conv_1", []) is None
+        with database.reading() as session:
+            assert session.scalar(text("SELECT count(*) FROM conversation_items")) == 0
+
+
+class TestResponses:
+    def test_a_chain_is_oldest_first_and_ends_where_one_is_gone(self, database: Database) -> None:
+        store = ResponseStore(database)
+        for name, previous in (("a", None), ("b", "a"), ("c", "b"), ("other", "b"), ("d", "c")):
+            store.add(response(name, previous=previous))
+        assert [link.id for link in store.chain("d")] == ["a", "b", "c", "d"]
+        store.delete("b")
+        assert [link.id for link in store.chain("d")] == ["c", "d"]
+        assert store.chain("nobody") == []
+
+    def test_the_owner_finishes_once(self, database: Database) -> None:
+        store, conversations = ResponseStore(database), ConversationStore(database)
+        conversations.add("conv_1", {}, [])
+        lease = Lease("me", time.time() + 60)
+        store.add(response("r", status="queued", is_resumable=True), lease=lease)
+        events = [{"sequence_number": n, "type": "x"} for n in range(5)]
+        body = response("r", status="in_progress").body
+        assert store.save(body, "me", events[:2])
+        assert store.append_events("r", "me", events[2:4])
+        assert not store.append_events("r", "you", events[4:])
+        done = response("r").body
+        addition = Addition("conv_1", [{"id": "msg_1"}])
+        assert store.save(done, "me", events[4:], addition)
+        assert not store.save(body, "me", [])
+        stored = store.get("r")
+        assert stored
+        assert stored.is_finished
+        assert store.events("r", -1, 100) == events
+        assert store.events("r", 1, 2) == events[2:4]
+        assert conversations.items("conv_1") == [{"id": "msg_1"}]
+
+    def test_a_response_outlives_its_conversation(self, database: Database) -> None:
+        store = ResponseStore(database)
+        store.add(response("r"), addition=Addition("conv_gone", [{"id": "msg_1"}]))
+        assert store.get("r")
+
+    def test_cancelling_ends_the_owners_say(self, database: Database) -> None:
+        store = ResponseStore(database)
+        lease = Lease("me", time.time() + 60)
+        store.add(response("r", status="in_progress"), lease=lease)
+        cancelled = store.cancel("r")
+        assert cancelled
+        assert cancelled.body["status"] == "cancelled"
+        assert not store.save(response("r").body, "me", [])
+        assert store.renew(lease, ["r"]) == set()
+        store.add(response("done"))
+        finished = store.cancel("done")
+        assert finished
+        assert finished.body["status"] == "completed"
+        assert store.cancel("nobody") is None
+
+    def test_only_leases_that_ran_out_are_claimed_each_once(self, database: Database) -> None:
+        store = ResponseStore(database)
+        now = time.time()
+        store.add(response("live", status="in_progress"), lease=Lease("a", now + 60))
+        for number in range(6):
+            old = response(f"old{number}", status="in_progress")
+            store.add(old, lease=Lease("a", now - 1))
+        with ThreadPoolExecutor(4) as pool:
+            claims = pool.map(
+                lambda who: store.claim(Lease(who, now + 60), now=now, limit=2), "wxyz"
+            )
+            claimed = [r.id for claim in claims for r in claim]
+        assert len(claimed) == len(set(claimed))
+        claimed += [r.id for r in store.claim(Lease("v", now + 60), now=now, limit=9)]
+        assert sorted(claimed) == [f"old{n}" for n in range(6)]
+        taken = store.get("old0")
+        assert taken
+        assert taken.num_attempts == 1
+        assert store.renew(Lease("a", now + 90), ["live", "old0"]) == {"live"}
+        store.release("a")
+        assert [r.id for r in store.claim(Lease("v", now + 60), now=now, limit=9)] == ["live"]
+
+    def test_deletion_takes_the_events_along(self, database: Database) -> None:
+        store = ResponseStore(database)
+        store.add(response("r", status="queued"), lease=Lease("me", time.time() + 60))
+        store.append_events("r", "me", [{"sequence_number": 0}])
+        assert store.delete("r")
+        assert not store.delete("r")
+        assert store.events("r", -1, 10) == []
+        assert not store.save(response("r").body, "me", [])
+
+
+def newer_scripts(folder: Path, change: str) -> Path:
+    """The shipped revisions and one more."""
+    import shutil
+
+    scripts = folder / "migrations"
+    shutil.copytree(migrate_module.SCRIPTS, scripts)
+    head = max(path.name[:4] for path in (scripts / "versions").glob("0*.py"))
+    (scripts / "versions" / "0099_test.py").write_text(
+        f"from alembic import op\nrevision = '0099'\ndown_revision = {head!r}\n"
+        f"def upgrade():\n    {change}\n"
+    )
+    return scripts
