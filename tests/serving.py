@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import uvicorn
+from fastapi import FastAPI
 
 from evermini.api.app import create_app
 from evermini.config import Settings
 from evermini.service.runtime import ModelInfo, Runtime, ServedModel, start_worker
+from evermini.storage.database import Database
 from tests.fakes import TinyModel, tiny_config
 
 HELLO = [{"role": "user", "content": "Hello!"}]
@@ -24,9 +28,21 @@ ERROR_KEYS = {"message", "type", "param", "code"}
 
 
 @contextmanager
-def serving(runtime: Runtime, settings: Settings | None = None) -> Iterator[str]:
-    """Serve ``runtime`` and yield the server's root URL; the runtime stays open."""
-    app = create_app(runtime, settings or Settings())
+def serving(
+    runtime: Runtime, settings: Settings | None = None, database: Database | None = None
+) -> Iterator[str]:
+    """Serve ``runtime`` and yield the server's root URL; the runtime stays open.
+
+    Without a database given, answers are stored in one that goes with the server.
+    """
+    with ExitStack() as stack:
+        if database is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evermini-test-"))
+            database = stack.enter_context(Database.open(Settings(home=Path(folder))))
+        yield from _serve(create_app(runtime, database, settings or Settings()))
+
+
+def _serve(app: FastAPI) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
             app, log_level="warning", ws="none", lifespan="off", timeout_graceful_shutdown=2

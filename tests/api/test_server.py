@@ -78,9 +78,9 @@ class TestErrorShape:
         assert error["type"] == "invalid_request_error"
 
     def test_wrong_method(self, base_url: str) -> None:
-        response = httpx.get(f"{base_url}/v1/chat/completions")
+        response = httpx.get(f"{base_url}/v1/completions")
         error = assert_error(response, 405)
-        assert error["message"].startswith("Not allowed to GET on /v1/chat/completions.")
+        assert error["message"].startswith("Not allowed to GET on /v1/completions.")
         assert response.headers["allow"] == "POST"
 
     @pytest.mark.parametrize(

@@ -162,8 +162,6 @@ def test_missing_fields(base_url: str) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
-        ({"store": True}, "store"),
-        ({"store": 0}, "store"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"web_search_options": {}}, "web_search_options"),

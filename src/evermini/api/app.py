@@ -1,9 +1,10 @@
 """The HTTP application.
 
     runtime = Runtime([load_tier("mini", settings)])
-    uvicorn.run(create_app(runtime, settings), host=settings.host, port=settings.port)
+    database = Database.open(settings)
+    uvicorn.run(create_app(runtime, database, settings), host=settings.host, port=settings.port)
 
-The runtime belongs to the caller, who closes it after the server has ended.
+Runtime and database belong to the caller, who closes them after the server has ended.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from evermini import __version__
-from evermini.api import chat, completions, errors, models, monitoring
+from evermini.api import chat, completions, errors, models, monitoring, stored_chats
 from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
 from evermini.config import Settings
 from evermini.service.runtime import Runtime
+from evermini.storage.database import Database
 
 
-def create_app(runtime: Runtime, settings: Settings) -> FastAPI:
+def create_app(runtime: Runtime, database: Database, settings: Settings) -> FastAPI:
     """Return the application that serves ``runtime``'s models.
 
     Args:
         runtime: The loaded models; not closed by the application.
+        database: Where answers are stored; not closed either.
         settings: Keys, origins and the body limit.
     """
     middleware = [Middleware(RequestContext, metrics=runtime.metrics)]
@@ -48,7 +51,8 @@ def create_app(runtime: Runtime, settings: Settings) -> FastAPI:
         openapi_url=None,  # the contract is OpenAI's; their description of it is the reference
     )
     app.state.runtime = runtime
-    for module in (chat, completions, models, monitoring):
+    app.state.database = database
+    for module in (chat, stored_chats, completions, models, monitoring):
         app.include_router(module.router)
     errors.install(app)
     return app

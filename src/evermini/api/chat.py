@@ -10,11 +10,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from evermini.api import sse
+from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
-from evermini.api.errors import JsonResponse
 from evermini.service import chat, wire
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import parse_chat
+from evermini.storage.chats import ChatStore
+from evermini.storage.database import Database
 
 router = APIRouter()
 
@@ -32,16 +34,32 @@ async def create_chat_completion(request: Request) -> Response:
     )
     # A long text is read before there is a run to abort.
     run = await sse.unless_disconnected(request, starting)
-    if wanted.stream:
-        return sse.EventStream(_events(run), run.abort)
-    try:
-        choices = await sse.unless_disconnected(request, run.collect())
-    finally:
-        run.abort()
-    return JsonResponse(wire.chat_completion(run, choices))
+    database: Database = request.app.state.database
+    return await stream_or_collect(
+        request,
+        run,
+        stream=wanted.stream,
+        events=_events(run, database),
+        whole=_whole(run, database),
+    )
 
 
-async def _events(run: chat.ChatRun) -> AsyncGenerator[bytes, None]:
+async def _whole(run: chat.ChatRun, database: Database) -> wire.Json:
+    await run.collect()
+    return await _stored(run, database)
+
+
+async def _stored(run: chat.ChatRun, database: Database) -> wire.Json:
+    """Return the whole answer, on the disk if that is wanted."""
+    body = wire.chat_completion(run)
+    if run.request.store:
+        await database.run(
+            ChatStore(database).add, body, wire.stored_messages(run), run.request.metadata or {}
+        )
+    return body
+
+
+async def _events(run: chat.ChatRun, database: Database) -> AsyncGenerator[bytes, None]:
     # Clients number the choices by their first appearance, so all open here, in order.
     for index in range(run.request.num_choices):
         yield sse.data(wire.chat_role_chunk(run, index))
@@ -49,6 +67,7 @@ async def _events(run: chat.ChatRun) -> AsyncGenerator[bytes, None]:
         async for delta in deltas:
             for chunk in wire.chat_chunks(run, delta):
                 yield sse.data(chunk)
+    await _stored(run, database)  # whoever has read [DONE] can rely on it
     if run.request.wants_usage_chunk:
         yield sse.data(wire.chat_usage_chunk(run))
     yield sse.DONE

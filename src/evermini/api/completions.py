@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from evermini.api import sse
+from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
-from evermini.api.errors import JsonResponse
 from evermini.service import completions, wire
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import parse_completion
@@ -30,13 +30,13 @@ async def create_completion(request: Request) -> Response:
         metrics=runtime.metrics,
         arrived=request.state.arrived,
     )
-    if wanted.stream:
-        return sse.EventStream(_events(run), run.abort)
-    try:
-        choices = await sse.unless_disconnected(request, run.collect())
-    finally:
-        run.abort()
-    return JsonResponse(wire.text_completion(run, choices))
+    return await stream_or_collect(
+        request, run, stream=wanted.stream, events=_events(run), whole=_whole(run)
+    )
+
+
+async def _whole(run: completions.CompletionRun) -> wire.Json:
+    return wire.text_completion(run, await run.collect())
 
 
 async def _events(run: completions.CompletionRun) -> AsyncGenerator[bytes, None]:

@@ -22,12 +22,13 @@ from evermini.errors import (
     OverloadedError,
     RequestError,
     RequestTooLargeError,
+    StorageError,
 )
 
 log = structlog.get_logger("evermini.api")
 
 RETRY_SECONDS = 1
-"""What ``retry-after`` says when the engine is full or restarting."""
+"""What ``retry-after`` says when the engine is full or restarting, or the database locked."""
 
 
 class JsonResponse(Response):
@@ -55,6 +56,12 @@ def public(error: Exception) -> EverminiError:
     """
     if isinstance(error, RequestError | EngineStoppedError):
         return error
+    if isinstance(error, StorageError):
+        log.error("storage_error", error=error.message)
+        return StorageError(
+            "The server's database cannot be used at the moment, so nothing was stored. Send the request again; if "
+            "that fails too, the server's log tells the cause under this request's id."
+        )
     if isinstance(error, EngineError):
         log.error("engine_error", error=error.message)
         return EngineError(
@@ -73,7 +80,7 @@ def error_response(error: Exception) -> JsonResponse:
     """Return the response for any exception."""
     shown = public(error)
     headers = {}
-    if isinstance(shown, OverloadedError | EngineStoppedError):
+    if isinstance(shown, OverloadedError | EngineStoppedError | StorageError):
         headers["retry-after"] = str(RETRY_SECONDS)
     elif isinstance(shown, AuthenticationError):
         headers["www-authenticate"] = "Bearer"

@@ -27,16 +27,17 @@ def serve(loaded: LoadedSettings) -> None:
     from evermini.cli.pull import download_bar
     from evermini.cli.server import run_server
     from evermini.service.runtime import Runtime, load_tier
+    from evermini.storage.database import Database
 
     configure_logging(settings.log_level)
-    with listener, ExitStack() as stack:
+    with listener, Database.open(settings) as database, ExitStack() as stack:
         models = []
         for name in settings.models:
             print(f"Loading {name} ...", flush=True)
             with download_bar(name) as progress:
                 models.append(load_tier(name, settings, progress=progress))
             stack.callback(models[-1].close, timeout=0)
-        run_server(Runtime(models), settings, listener)
+        run_server(Runtime(models), database, settings, listener)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -14,15 +14,18 @@ from evermini import __version__
 from evermini.api.app import create_app
 from evermini.config import Settings
 from evermini.service.runtime import Runtime
+from evermini.storage.database import Database
 
 LAST_WORDS_SECONDS = 5
 """What connections get, once the engines have stopped, to send their clients the error and close."""
 
 
-def run_server(runtime: Runtime, settings: Settings, listener: socket.socket) -> None:
+def run_server(
+    runtime: Runtime, database: Database, settings: Settings, listener: socket.socket
+) -> None:
     """Serve until SIGINT or SIGTERM, then let running requests finish."""
     config = uvicorn.Config(
-        create_app(runtime, settings),
+        create_app(runtime, database, settings),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -39,9 +39,19 @@ class ChatChoice:
     logprobs: list[ScoredToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    def add(self, delta: Delta) -> None:
+        """Add what the choice gained."""
+        self.text += delta.text
+        self.logprobs += delta.logprobs
+        self.finish_reason = delta.finish_reason
+
 
 class ChatRun:
-    """A chat completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished."""
+    """A chat completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished.
+
+    Attributes:
+        choices: What came so far, by index.
+    """
 
     def __init__(
         self,
@@ -55,11 +65,15 @@ class ChatRun:
         self.served = served
         self.request = request
         self.recalled = recalled
+        self.choices = [ChatChoice(index) for index in range(request.num_choices)]
         self._generation = generation
 
-    def deltas(self) -> AsyncGenerator[Delta, None]:
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield the choices' deltas; see `Generation.deltas`."""
-        return self._generation.deltas()
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for delta in deltas:
+                self.choices[delta.index].add(delta)
+                yield delta
 
     async def collect(self) -> list[ChatChoice]:
         """Return the finished choices by index.
@@ -67,14 +81,10 @@ class ChatRun:
         Raises:
             EngineError: The engine failed or stopped.
         """
-        choices = [ChatChoice(index) for index in range(self.request.num_choices)]
         async with aclosing(self.deltas()) as deltas:
-            async for delta in deltas:
-                choice = choices[delta.index]
-                choice.text += delta.text
-                choice.logprobs += delta.logprobs
-                choice.finish_reason = delta.finish_reason
-        return choices
+            async for _ in deltas:
+                pass
+        return self.choices
 
     @property
     def usage(self) -> Usage:

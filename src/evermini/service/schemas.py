@@ -237,6 +237,7 @@ class Extensions(_Wire):
 
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 
 
 class ChatRequest(SamplingRequest):
@@ -247,7 +248,8 @@ class ChatRequest(SamplingRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
+    store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     safety_identifier: Annotated[str, Field(max_length=128)] | None = None
     prompt_cache_key: str | None = None
@@ -349,6 +351,21 @@ def parse_chat(body: object) -> ChatRequest:
         InvalidRequestError: Anything else is wrong.
     """
     return validation.parse(ChatRequest, unsupported.plain_chat(body))
+
+
+class MetadataUpdate(_Wire):
+    """An update of a stored object, of which nothing but the metadata can change."""
+
+    metadata: Metadata | None
+
+
+def parse_metadata_update(body: object) -> dict[str, str]:
+    """Return the new metadata from the body of an update; null empties it.
+
+    Raises:
+        InvalidRequestError: It is malformed.
+    """
+    return validation.parse(MetadataUpdate, body).metadata or {}
 
 
 def parse_completion(body: object) -> CompletionRequest:

@@ -1,7 +1,7 @@
 """Fields of the contract that this server does not act on: refused with a 400 that names them, never ignored.
 
-A value that asks for nothing is fine: null, and those in the tables below (``tools: []``, ``store: false``). Frameworks
-send them on every request.
+A value that asks for nothing is fine: null, and those in the tables below (``tools: []``, ``modalities: ["text"]``).
+Frameworks send them on every request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "prompt_cache_options": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "store": (False,),
     "tool_choice": ("none",),
     "tools": ([],),
     "verbosity": ("medium",),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evermini.engine.request import TokenLogprob
-from evermini.service.chat import ChatChoice, ChatRun
+from evermini.service.chat import ChatRun
 from evermini.service.completions import CompletionRun, TextChoice, TextDelta, TextToken
 from evermini.service.decode import ScoredToken
 from evermini.service.generation import Delta, Usage
@@ -47,8 +47,8 @@ def model(name: str, info: ModelInfo) -> Json:
     }
 
 
-def chat_completion(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
-    """Return the whole answer."""
+def chat_completion(run: ChatRun) -> Json:
+    """Return the whole answer, when all of it is there."""
     body = {
         **_chat_head(run, "chat.completion"),
         "choices": [
@@ -63,7 +63,7 @@ def chat_completion(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
                 "logprobs": _chat_logprobs(run, choice.logprobs),
                 "finish_reason": choice.finish_reason,
             }
-            for choice in choices
+            for choice in run.choices
         ],
         "usage": usage(run.usage),
     }
@@ -72,6 +72,26 @@ def chat_completion(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
     if run.request.metadata is not None:
         body["metadata"] = run.request.metadata
     return body
+
+
+def stored_messages(run: ChatRun) -> list[Json]:
+    """Return the messages that a completion answers, as they are listed when it is stored: each with an id."""
+    listed = []
+    for number, message in enumerate(run.request.messages):
+        parts = message.content or []
+        fields = message.model_dump(exclude={"content"}, exclude_none=True)
+        listed.append(
+            {
+                "id": f"{run.id}-{number}",
+                "content": "".join(part.text or "" for part in parts) if parts else None,
+                "refusal": None,
+                "content_parts": [part.model_dump(exclude_none=True) for part in parts]
+                if len(parts) > 1
+                else None,
+                **fields,
+            }
+        )
+    return listed
 
 
 def why(run: ChatRun) -> Json:

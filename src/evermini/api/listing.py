@@ -1,0 +1,84 @@
+"""Listings: the cursor in a query, and the list object that answers it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.storage.schema import Cursor, Order
+
+MAX_LIMIT = 100
+
+
+def read_cursor(request: Request, *, order: Order) -> Cursor:
+    """Return which page the query asks for.
+
+    Args:
+        request: The HTTP request.
+        order: The endpoint's default order.
+
+    Raises:
+        InvalidRequestError: ``limit`` or ``order`` is not one that the contract knows.
+    """
+    query = request.query_params
+    wanted = query.get("order", order)
+    if wanted not in ("asc", "desc"):
+        raise InvalidRequestError(
+            f"Invalid value: '{wanted[:40]}'. Supported values are: 'asc' and 'desc'.",
+            param="order",
+            code="invalid_value",
+        )
+    limit = query.get("limit", "20")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10):
+        raise InvalidRequestError(
+            f"Invalid type for 'limit': expected an integer, but got '{limit[:40]}' instead.",
+            param="limit",
+            code="invalid_type",
+        )
+    if not 1 <= int(limit) <= MAX_LIMIT:
+        above = int(limit) > MAX_LIMIT
+        raise InvalidRequestError(
+            f"Invalid 'limit': integer {'above maximum' if above else 'below minimum'} value. Expected a value "
+            f"{f'<= {MAX_LIMIT}' if above else '>= 1'}, but got {int(limit)} instead.",
+            param="limit",
+            code=f"integer_{'above_max' if above else 'below_min'}_value",
+        )
+    return Cursor(query.get("after") or None, int(limit), "desc" if wanted == "desc" else "asc")
+
+
+def list_object(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
+    """Return the contract's list object."""
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": has_more,
+    }
+
+
+def page_of(items: Sequence[dict[str, Any]], cursor: Cursor) -> dict[str, Any]:
+    """Return a page of a list at hand, as a list object.
+
+    Raises:
+        NotFoundError: It has no item ``cursor.after``.
+    """
+    ordered = list(items) if cursor.order == "asc" else list(reversed(items))
+    if cursor.after is not None:
+        places = [place for place, item in enumerate(ordered) if item["id"] == cursor.after]
+        if not places:
+            raise no_such_cursor(cursor)
+        ordered = ordered[places[0] + 1 :]
+    return list_object(ordered[: cursor.limit], len(ordered) > cursor.limit)
+
+
+def no_such_cursor(cursor: Cursor) -> NotFoundError:
+    """Return the error for an ``after`` that is not in the list."""
+    return NotFoundError(
+        f"There is no object with id '{(cursor.after or '')[:200]}' in this list. Give the 'last_id' of an earlier "
+        "page as 'after'.",
+        param="after",
+    )
