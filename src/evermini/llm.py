@@ -35,9 +35,9 @@ from evermini.service.runtime import ModelInfo, load_tier
 from evermini.service.schemas import parse_chat, parse_completion
 
 if TYPE_CHECKING:
-    from evermini.service.chat import ChatChoice
+    from evermini.service.chat import ChatChoice, ChatDelta
     from evermini.service.completions import TextChoice, TextDelta
-    from evermini.service.generation import Delta, Usage
+    from evermini.service.generation import Usage
     from evermini.service.reading import OnProgress, Recalled
 
 T = TypeVar("T")
@@ -226,7 +226,7 @@ class LLM:
         stream: Literal[True],
         progress: OnProgress | None = None,
         **params: Any,
-    ) -> AnswerStream[Delta]: ...
+    ) -> AnswerStream[ChatDelta]: ...
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -234,7 +234,7 @@ class LLM:
         stream: bool = False,
         progress: OnProgress | None = None,
         **params: Any,
-    ) -> Answer[ChatChoice] | AnswerStream[Delta]:
+    ) -> Answer[ChatChoice] | AnswerStream[ChatDelta]:
         """Answer a conversation; one longer than the model's window from the excerpts that its last message needs.
 
         Args:

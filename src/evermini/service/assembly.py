@@ -19,6 +19,7 @@ from evermini.errors import ContextLengthError
 from evermini.recall.prompt import Span, excerpts
 from evermini.recall.segment import Segment, cut
 from evermini.service.parts import QUESTION_CHARS, TIERS, Parts, Piece, split
+from evermini.service.rendering import encode
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
 from evermini.text.tokenizer import Tokenizer
@@ -184,11 +185,7 @@ class Assembler:
         found = iter(readings)
         for piece in parts.pieces:
             texts[piece.message] += next(found) if piece.is_long else piece.text
-        messages = [
-            message.for_template(text)
-            for message, text in zip(request.messages, texts, strict=True)
-        ]
-        return self._template.encode_chat(messages)
+        return encode(self._template, request, texts)
 
     def excerpts(self, plan: Plan, spans: Iterable[Span]) -> tuple[list[str], set[Span]]:
         """Return what stands in each long piece's place, and the spans that are in it.

@@ -12,12 +12,12 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from evermini.errors import UnsupportedParameterError
 from evermini.service.decode import ScoredToken
 from evermini.service.generation import (
     Candidate,
-    Delta,
-    FinishReason,
     Generation,
     Usage,
     seed_of_choice,
@@ -29,6 +29,49 @@ from evermini.service.reading import OnProgress, Recalled
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest
 
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
+ToolKind = Literal["function", "custom"]
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """What a tool call gained. The first delta of a call has its id and name and no arguments; the others only those.
+
+    Attributes:
+        index: Number of the call in its answer, from 0.
+        type: Of the tool.
+        id: ``call_...``.
+        name: Of the tool.
+        arguments: A piece of the function's arguments (JSON text) or of the custom tool's input.
+    """
+
+    index: int
+    type: ToolKind
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True)
+class ChatDelta:
+    """What choice ``index`` gained; the last delta of a choice has its finish reason."""
+
+    index: int
+    text: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    logprobs: tuple[ScoredToken, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class ToolCall:
+    """A call, as far as it is known: cut off by the token limit, its arguments are incomplete."""
+
+    id: str
+    type: ToolKind
+    name: str
+    arguments: str = ""
+
 
 @dataclass
 class ChatChoice:
@@ -36,14 +79,21 @@ class ChatChoice:
 
     index: int
     text: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[ScoredToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
-    def add(self, delta: Delta) -> None:
-        """Add what the choice gained."""
+    def add(self, delta: ChatDelta) -> None:
+        """Take the choice's next delta."""
         self.text += delta.text
         self.logprobs += delta.logprobs
         self.finish_reason = delta.finish_reason
+        for piece in delta.tool_calls:
+            if piece.index == len(self.tool_calls):
+                assert piece.id is not None, "a call begins with its head"
+                assert piece.name is not None, "likewise"
+                self.tool_calls.append(ToolCall(piece.id, piece.type, piece.name))
+            self.tool_calls[piece.index].arguments += piece.arguments
 
 
 class ChatRun:
@@ -68,10 +118,20 @@ class ChatRun:
         self.choices = [ChatChoice(index) for index in range(request.num_choices)]
         self._generation = generation
 
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Yield the choices' deltas; see `Generation.deltas`."""
+    async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
+        """Yield the choices' deltas as they come; leaving early ends the request in the engine.
+
+        Raises:
+            EngineError: The engine failed or stopped before the last choice ended.
+        """
         async with aclosing(self._generation.deltas()) as deltas:
-            async for delta in deltas:
+            async for gained in deltas:
+                delta = ChatDelta(
+                    gained.index,
+                    gained.text,
+                    logprobs=gained.logprobs,
+                    finish_reason=gained.finish_reason,
+                )
                 self.choices[delta.index].add(delta)
                 yield delta
 
@@ -134,6 +194,8 @@ async def start(
     )
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     check_output(request)
+    if request.toolset().tools:
+        raise UnsupportedParameterError("Tools are not called yet. Leave them out.", param="tools")
     prompt, recalled = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
     candidates = [

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evermini.service.schemas import Message
+from evermini.service.messages import Message
 
 HEAD_CHARS = 600
 """A first paragraph or line up to this long stays whole."""

@@ -8,6 +8,7 @@ from evermini.errors import UnsupportedParameterError
 from evermini.service.assembly import least_room
 from evermini.service.offload import tokenise
 from evermini.service.reading import OnProgress, Recalled
+from evermini.service.rendering import encode
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest
 
@@ -31,8 +32,7 @@ async def make_prompt(
     prompt: Sequence[int] | None = None
 
     async def whole() -> Sequence[int]:
-        messages = [m.for_template(text) for m, text in zip(request.messages, texts, strict=True)]
-        return await tokenise(num_characters, served.template.encode_chat, messages)
+        return await tokenise(num_characters, encode, served.template, request, texts)
 
     if reader is None or request.reading == "dense":
         return await whole(), None

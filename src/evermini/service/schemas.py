@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
 from evermini.service import unsupported, validation
+from evermini.service.messages import Message, check_conversation
+from evermini.service.tools import (
+    Choice,
+    Functions,
+    OldChoice,
+    Tools,
+    Toolset,
+    from_functions,
+    from_tools,
+)
+from evermini.service.validation import WireModel, wrong_type
 
 MAX_OUTPUT_TOKENS = 32_768
 """Tokens one request may generate (gpt-4.1-mini's published limit)."""
@@ -21,24 +31,12 @@ MAX_CANDIDATES = 2048
 """Completions that one request may ask for, over all its prompts."""
 
 
-def _wrong_type(expected: str) -> PydanticCustomError:
-    return PydanticCustomError("wrong_type", "wrong type", {"expected": expected})
-
-
 def _as_stops(value: object) -> object:
     if value is None or isinstance(value, list):
         return value
     if isinstance(value, str):
         return [value]
-    raise _wrong_type("a string or an array of strings")
-
-
-def _as_parts(value: object) -> object:
-    if value is None or isinstance(value, list):
-        return value
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    raise _wrong_type("a string or an array of objects")
+    raise wrong_type("a string or an array of strings")
 
 
 def _as_prompts(value: object) -> object:
@@ -54,17 +52,13 @@ def _as_prompts(value: object) -> object:
             return value
         if all(isinstance(item, list) and _are_ids(item) for item in value):
             return value
-    raise _wrong_type(
+    raise wrong_type(
         "a string, an array of strings, an array of token ids or an array of such arrays"
     )
 
 
 def _are_ids(items: list[object]) -> bool:
     return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
-
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 Stops = Annotated[
@@ -74,14 +68,14 @@ Stops = Annotated[
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 
 
-class StreamOptions(_Wire):
+class StreamOptions(WireModel):
     """``stream_options``; obfuscation is never added, which both of its values allow."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class SamplingRequest(_Wire):
+class SamplingRequest(WireModel):
     """What chat and text completions have in common."""
 
     model: str
@@ -135,94 +129,10 @@ class SamplingRequest(_Wire):
         return biases
 
 
-class ContentPart(_Wire):
-    """A piece of text, or of an earlier refusal by the assistant."""
-
-    type: Literal["text", "refusal"]
-    text: str | None = None
-    refusal: str | None = None
-
-
-class Message(_Wire):
-    """One message of the conversation."""
-
-    role: Literal["developer", "system", "user", "assistant"]
-    content: Annotated[
-        Annotated[list[ContentPart], Field(min_length=1)] | None, BeforeValidator(_as_parts)
-    ] = None
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s<|\\/>]+$")] | None = (
-        None
-    )
-    refusal: str | None = None
-
-    def texts(self) -> list[str]:
-        """Return the texts of the message's parts; an assistant's refusal is text it wrote."""
-        pieces = [part.text or part.refusal or "" for part in self.content or ()]
-        return [*pieces, self.refusal] if self.refusal else pieces
-
-    def text(self) -> str:
-        """Return the message's whole text."""
-        return "".join(self.texts())
-
-    def for_template(self, text: str) -> dict[str, str]:
-        """Return the message as chat templates expect it, with ``text`` as its text.
-
-        Open models know no developer role, and their templates do not show participants' names. A name in front of
-        the text tells participants apart, as the contract asks. Not for the assistant: it would copy the habit.
-        """
-        role = "system" if self.role == "developer" else self.role
-        if self.name is None:
-            return {"role": role, "content": text}
-        if role != "assistant":
-            text = f"{self.name}: {text}"
-        return {"role": role, "content": text, "name": self.name}
-
-    def check(self, path: str) -> None:
-        """Check what depends on the role.
-
-        Raises:
-            InvalidRequestError: Naming the field below ``path``.
-        """
-        if self.role != "assistant":
-            if self.content is None:
-                raise InvalidRequestError(
-                    f"Invalid value for '{path}.content': expected a string or an array of objects, but got null.",
-                    param=f"{path}.content",
-                    code="invalid_type",
-                )
-            if self.refusal is not None:
-                raise InvalidRequestError(
-                    f"Unknown parameter: '{path}.refusal'. Only an assistant's message has one.",
-                    param=f"{path}.refusal",
-                    code="unknown_parameter",
-                )
-        for number, part in enumerate(self.content or ()):
-            where = f"{path}.content[{number}]"
-            if part.type == "refusal" and self.role != "assistant":
-                raise InvalidRequestError(
-                    f"Invalid value: 'refusal'. Supported values for a message with role '{self.role}' are: 'text'.",
-                    param=f"{where}.type",
-                    code="invalid_value",
-                )
-            other = "refusal" if part.type == "text" else "text"
-            if getattr(part, part.type) is None:
-                raise InvalidRequestError(
-                    f"Missing required parameter: '{where}.{part.type}'.",
-                    param=f"{where}.{part.type}",
-                    code="missing_required_parameter",
-                )
-            if getattr(part, other) is not None:
-                raise InvalidRequestError(
-                    f"Unknown parameter: '{where}.{other}'.",
-                    param=f"{where}.{other}",
-                    code="unknown_parameter",
-                )
-
-
 Reading = Literal["auto", "recall", "dense"]
 
 
-class Extensions(_Wire):
+class Extensions(WireModel):
     """``x_evermini``: what goes beyond the contract.
 
     Attributes:
@@ -254,12 +164,22 @@ class ChatRequest(SamplingRequest):
     safety_identifier: Annotated[str, Field(max_length=128)] | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    tools: Tools | None = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
+    functions: Functions | None = None
+    function_call: OldChoice = None
     x_evermini: Extensions | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for number, message in enumerate(self.messages):
-            message.check(f"messages[{number}]")
+        check_conversation(self.messages)
+        if self.tools and self.functions:
+            raise InvalidRequestError(
+                "Invalid value for 'functions': 'functions' (deprecated) cannot be used together with 'tools'.",
+                param="functions",
+            )
+        self.toolset()
         if self.x_evermini is not None and self.x_evermini.reading == "sweep":
             raise UnsupportedParameterError(
                 "x_evermini.reading 'sweep' (reading all of a long text, for questions about the whole of it) is not "
@@ -280,6 +200,21 @@ class ChatRequest(SamplingRequest):
                 param="top_logprobs",
             )
         return self
+
+    def toolset(self) -> Toolset:
+        """Return the tools and how they may be called.
+
+        Raises:
+            InvalidRequestError: The fields do not fit together.
+        """
+        if self.functions or self.function_call:
+            return from_functions(self.functions, self.function_call)
+        return from_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether there are tools, callable or not."""
+        return bool(self.tools or self.functions)
 
     @property
     def reading(self) -> Reading:
@@ -353,7 +288,7 @@ def parse_chat(body: object) -> ChatRequest:
     return validation.parse(ChatRequest, unsupported.plain_chat(body))
 
 
-class MetadataUpdate(_Wire):
+class MetadataUpdate(WireModel):
     """An update of a stored object, of which nothing but the metadata can change."""
 
     metadata: Metadata | None

@@ -1,7 +1,7 @@
 """Fields of the contract that this server does not act on: refused with a 400 that names them, never ignored.
 
-A value that asks for nothing is fine: null, and those in the tables below (``tools: []``, ``modalities: ["text"]``).
-Frameworks send them on every request.
+A value that asks for nothing is fine: null, and those in the tables below (``modalities: ["text"]``). Frameworks send
+them on every request.
 """
 
 from __future__ import annotations
@@ -13,17 +13,12 @@ from evermini.errors import UnsupportedParameterError
 
 CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (),
     "prediction": (),
     "prompt_cache_options": (),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -32,13 +27,9 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 MESSAGE_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "annotations": ([],),
     "audio": (),
-    "function_call": (),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 PART_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"prompt_cache_breakpoint": ()}
 UNSUPPORTED_PARTS = frozenset({"image_url", "input_audio", "file"})
-UNSUPPORTED_ROLES = frozenset({"tool", "function"})
 COMPLETION_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"suffix": ("",)}
 
 
@@ -46,7 +37,7 @@ def plain_chat(body: object) -> object:
     """Return the body of a chat completion without the fields that are off.
 
     Raises:
-        UnsupportedParameterError: One of them is on, or a message has a role or part that is not acted on.
+        UnsupportedParameterError: One of them is on, or a message has a part that is not acted on.
     """
     if not isinstance(body, dict):
         return body
@@ -73,9 +64,6 @@ def plain_completion(body: object) -> object:
 def _plain_message(message: object, path: str) -> object:
     if not isinstance(message, dict):
         return message
-    role = message.get("role")
-    if isinstance(role, str) and role in UNSUPPORTED_ROLES:
-        raise _unsupported(f"{path}.role", f"Messages with role '{role}' are")
     message = _without_unsupported(message, MESSAGE_UNSUPPORTED, f"{path}.")
     if isinstance(message.get("content"), list):
         message["content"] = [

@@ -7,15 +7,22 @@ them accept and refuse the same things with the same words.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from evermini.errors import InvalidRequestError
 
 RequestT = TypeVar("RequestT", bound=BaseModel)
+
+
+class WireModel(BaseModel):
+    """Base of what comes over the wire: exact names, exact types, immutable."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
 
 _EXPECTED = {
     "string_type": "a string",
@@ -44,6 +51,39 @@ def parse(model: type[RequestT], body: object) -> RequestT:
         return model.model_validate(body)
     except ValidationError as error:
         raise _translate(error.errors(include_url=False)) from None
+
+
+def wrong_type(expected: str) -> PydanticCustomError:
+    """Return what a validator raises for a value of another type than ``expected`` ("a string or an array")."""
+    return PydanticCustomError("wrong_type", "wrong type", {"expected": expected})
+
+
+def check_variant(variant: BaseModel, path: str, fields: Mapping[str, str]) -> None:
+    """Check that of a tagged object's fields exactly the one that its type asks for is set.
+
+    Args:
+        variant: The object; its ``type`` is a key of ``fields``.
+        path: Where it stands.
+        fields: Type -> name of its field.
+
+    Raises:
+        InvalidRequestError: The field is missing, or that of another type is there.
+    """
+    kind = getattr(variant, "type")  # noqa: B009 - every variant has one, the base class does not
+    wanted = fields[kind]
+    if getattr(variant, wanted) is None:
+        raise InvalidRequestError(
+            f"Missing required parameter: '{path}.{wanted}'.",
+            param=f"{path}.{wanted}",
+            code="missing_required_parameter",
+        )
+    for other in fields.values():
+        if other != wanted and getattr(variant, other) is not None:
+            raise InvalidRequestError(
+                f"Unknown parameter: '{path}.{other}'.",
+                param=f"{path}.{other}",
+                code="unknown_parameter",
+            )
 
 
 def field_path(loc: Sequence[int | str]) -> str:

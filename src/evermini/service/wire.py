@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evermini.engine.request import TokenLogprob
-from evermini.service.chat import ChatRun
+from evermini.service.chat import ChatChoice, ChatDelta, ChatRun, ToolCall, ToolCallDelta
 from evermini.service.completions import CompletionRun, TextChoice, TextDelta, TextToken
 from evermini.service.decode import ScoredToken
-from evermini.service.generation import Delta, Usage
+from evermini.service.generation import Usage
 from evermini.service.runtime import ModelInfo
+from evermini.service.schemas import ChatRequest
 from evermini.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -54,12 +55,7 @@ def chat_completion(run: ChatRun) -> Json:
         "choices": [
             {
                 "index": choice.index,
-                "message": {
-                    "role": "assistant",
-                    "content": choice.text,
-                    "refusal": None,
-                    "annotations": [],
-                },
+                "message": chat_message(run.request, choice),
                 "logprobs": _chat_logprobs(run, choice.logprobs),
                 "finish_reason": choice.finish_reason,
             }
@@ -92,6 +88,31 @@ def stored_messages(run: ChatRun) -> list[Json]:
             }
         )
     return listed
+
+
+def chat_message(request: ChatRequest, choice: ChatChoice) -> Json:
+    """Return the assistant's message; ``content`` is null where tools were offered and it has no text."""
+    message: Json = {
+        "role": "assistant",
+        "content": choice.text or (None if request.offers_tools else ""),
+        "refusal": None,
+        "annotations": [],
+    }
+    if choice.tool_calls and request.functions:
+        call = choice.tool_calls[0]
+        message["function_call"] = {"name": call.name, "arguments": call.arguments}
+    elif choice.tool_calls:
+        message["tool_calls"] = [tool_call(call) for call in choice.tool_calls]
+    return message
+
+
+def tool_call(call: ToolCall) -> Json:
+    """Return a call as it stands in a message."""
+    if call.type == "custom":
+        called = {"custom": {"name": call.name, "input": call.arguments}}
+    else:
+        called = {"function": {"name": call.name, "arguments": call.arguments}}
+    return {"id": call.id, "type": call.type, **called}
 
 
 def why(run: ChatRun) -> Json:
@@ -129,17 +150,20 @@ def why(run: ChatRun) -> Json:
 
 def chat_role_chunk(run: ChatRun, index: int) -> Json:
     """Return the chunk that opens a choice."""
+    content = None if run.request.offers_tools else ""
     return _chat_chunk(
-        run, index, {"role": "assistant", "content": "", "refusal": None}, None, None
+        run, index, {"role": "assistant", "content": content, "refusal": None}, None, None
     )
 
 
-def chat_chunks(run: ChatRun, delta: Delta) -> list[Json]:
-    """Return what a delta is in a stream: text, then the end, each in a chunk of its own."""
+def chat_chunks(run: ChatRun, delta: ChatDelta) -> list[Json]:
+    """Return what a delta is in a stream: text, calls, then the end, each in a chunk of its own."""
     chunks = []
     if delta.text or delta.logprobs:
         logprobs = _chat_logprobs(run, delta.logprobs)
         chunks.append(_chat_chunk(run, delta.index, {"content": delta.text}, logprobs, None))
+    for piece in delta.tool_calls:
+        chunks.append(_chat_chunk(run, delta.index, _call_delta(run.request, piece), None, None))
     if delta.finish_reason is not None:
         last = _chat_chunk(run, delta.index, {}, None, delta.finish_reason)
         chunks.append({**last, "x_evermini": why(run)} if run.request.wants_why else last)
@@ -206,6 +230,17 @@ def _chat_head(run: ChatRun, kind: str) -> Json:
         "service_tier": "default",
         "system_fingerprint": run.served.info.system_fingerprint,
     }
+
+
+def _call_delta(request: ChatRequest, piece: ToolCallDelta) -> Json:
+    """Return a piece of a call; id and type stand in its first one alone."""
+    named = {} if piece.name is None else {"name": piece.name}
+    if request.functions:
+        return {"function_call": {**named, "arguments": piece.arguments}}
+    head = {} if piece.id is None else {"id": piece.id, "type": piece.type}
+    text = "input" if piece.type == "custom" else "arguments"
+    called = {piece.type: {**named, text: piece.arguments}}
+    return {"tool_calls": [{"index": piece.index, **head, **called}]}
 
 
 def _chat_chunk(
