@@ -209,6 +209,24 @@ class LLM:
         """The model's names and its context window."""
         return self._served.info
 
+    @property
+    def native_window(self) -> int:
+        """Tokens of prompt and answer that the model itself reads at once; longer prompts go through recall."""
+        return self._served.worker.max_model_len
+
+    @property
+    def weights(self) -> str:
+        """Hash of the checkpoint; the same file has the same one everywhere."""
+        return self._served.weights
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens a plain text has for this model."""
+        return len(self._served.tokenizer.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, such as those of `Recalled.prompt`; special tokens are left out."""
+        return self._served.tokenizer.decode(ids)
+
     @overload
     def chat(
         self,

@@ -1,6 +1,6 @@
 """The command line: one file per command.
 
-    evermini serve | chat | ask | ingest | contexts | calibrate | doctor | config | pull | models | rm
+    evermini serve | chat | ask | ingest | contexts | calibrate | eval | doctor | config | pull | models | rm
 
 Exit codes: 0 done; 1 it failed, with the cause and the remedy in one line on stderr; 2 a flag or setting is wrong;
 130 interrupted. ``--debug`` (or ``EVERMINI_DEBUG=1``) shows the traceback too. Commands import what they need when they
@@ -20,6 +20,7 @@ from evermini.cli.ask import ask
 from evermini.cli.chat import chat
 from evermini.cli.config import config
 from evermini.cli.doctor import doctor
+from evermini.cli.eval import evaluations
 from evermini.cli.pull import models, pull, rm
 from evermini.cli.recall import calibrate, contexts, ingest
 from evermini.cli.serve import serve
@@ -35,6 +36,7 @@ app = typer.Typer(
 for command in (serve, chat, ask, ingest, calibrate, pull, models, rm, doctor, config):
     app.command()(command)
 app.add_typer(contexts, name="contexts")
+app.add_typer(evaluations, name="eval")
 
 
 def _print_version(wanted: bool) -> None:

@@ -71,6 +71,8 @@ class ServedModel:
     grammars: GrammarCompiler
     reader: LongReader | None = None
     """Reads prompts longer than the engine's window; ``None``: they are refused."""
+    weights: str = ""
+    """Hash of the checkpoint; the same file has the same one everywhere."""
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop the engine; what still runs after ``timeout`` seconds is aborted."""
@@ -189,7 +191,15 @@ def load_tier(
         context_window=reader.max_prompt_tokens if reader else worker.max_model_len,
         system_fingerprint=_fingerprint(checkpoint, settings),
     )
-    return ServedModel(info, worker, tokenizer, template, GrammarCompiler(tokenizer), reader)
+    return ServedModel(
+        info,
+        worker,
+        tokenizer,
+        template,
+        GrammarCompiler(tokenizer),
+        reader,
+        checkpoint.fingerprint,
+    )
 
 
 def start_worker(model: Model, settings: Settings) -> EngineWorker:
