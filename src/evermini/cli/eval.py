@@ -145,7 +145,7 @@ def parse_lengths(text: str) -> list[int]:
     Raises:
         InvalidRequestError: It is no list of lengths.
     """
-    from evermini.service.reading import MAX_PROMPT_TOKENS
+    from evermini.service.assembly import MAX_PROMPT_TOKENS
 
     found: list[int] = []
     for item in text.lower().replace("_", "").split(","):
