@@ -176,6 +176,13 @@ class Settings:
         "needs.",
         group="Recall",
     )
+    recall_index: str = _setting(
+        "auto",
+        "Model that finds passages in long prompts: own for the one that answers, or a tier, alias or path; auto takes "
+        "mini for full and own for the rest.",
+        group="Recall",
+        metavar="auto|own|MODEL",
+    )
     recall_disk: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
         16 * 1024**3,
         "Disk space for the index of long contexts; the least recently used go first.",

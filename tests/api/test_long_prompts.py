@@ -101,10 +101,9 @@ def served(nano: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """Nano with an index of its own and a lower limit, so that a prompt too long is still a short test."""
     assert nano.reader is not None
     reader = LongReader(
-        nano.reader.model,
+        nano.reader.indexer,
         nano.tokenizer,
         nano.template,
-        weights=nano.reader.weights,
         home=tmp_path_factory.mktemp("home"),
         max_prompt_tokens=LIMIT,
     )
@@ -295,7 +294,7 @@ def is_still(home: Path) -> bool:
 
 
 def complete_bytes(served: ServedModel, text: str) -> int:
-    calibration = find_calibration(served.reader.home, served.reader.weights)
+    calibration = find_calibration(served.reader.home, served.reader.indexer.weights)
     assert calibration is not None
     per_token = len(calibration.pairs) * (calibration.head_dim + 4)
     return len(served.tokenizer.encode(text)) * per_token

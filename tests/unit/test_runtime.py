@@ -12,9 +12,9 @@ import pytest
 from evermini.config import Settings
 from evermini.engine.engine import Engine
 from evermini.engine.worker import EngineWorker
-from evermini.errors import ConfigError, ModelNotFoundError
+from evermini.errors import ConfigError, DownloadError, ModelNotFoundError
 from evermini.models.batch import KVCache
-from evermini.service import machine, memory
+from evermini.service import loading, machine, memory
 from evermini.service.loading import what_to_serve
 from evermini.service.runtime import ModelInfo, Runtime, ServedModel, start_worker
 from tests.fakes import TinyModel, tiny_config
@@ -56,6 +56,37 @@ class TestNames:
         assert what_to_serve("/models/x.gguf") == (None, "/models/x.gguf")
         assert what_to_serve("mini=/models/x.gguf") == (entry, "/models/x.gguf")
         assert what_to_serve("/odd=path/x.gguf") == (None, "/odd=path/x.gguf")
+
+    def test_which_model_finds_passages(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def load(name: str, *_: object, **__: object) -> Any:
+            if name == "absent":
+                raise DownloadError("No network.")
+            entry, source = what_to_serve(name)
+            weights = entry.tier if entry else source
+            return SimpleNamespace(
+                entry=entry,
+                checkpoint=SimpleNamespace(fingerprint=weights),
+                model=name,
+                tokenizer=name,
+            )
+
+        monkeypatch.setattr(loading, "load_checkpoint", load)
+
+        def finder(answering: str, setting: str) -> Any:
+            settings = Settings(home=tmp_path, recall_index=setting)
+            return loading.load_indexer(load(answering), settings).model
+
+        assert finder("nano", "auto") == "nano"
+        assert finder("mini", "auto") == "mini"
+        assert finder("full", "auto") == "mini"
+        assert finder("/x.gguf", "auto") == "/x.gguf"
+        assert finder("full", "own") == "full"
+        assert finder("nano", "gpt-4.1-mini") == "gpt-4.1-mini"
+        assert finder("mini", "gpt-4.1-mini") == "mini", "one model is not loaded twice"
+        with pytest.raises(DownloadError, match=r"No network.*recall_index to own"):
+            finder("nano", "absent")
 
     def test_closing_stops_the_engines(self) -> None:
         model = served("a")

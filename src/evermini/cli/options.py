@@ -21,7 +21,8 @@ from evermini.config import (
 )
 
 MODEL_SETTINGS = (
-    "model", "home", "weights_dir", "device", "precision", "threads", "kv_memory", "recall", "recall_disk",
+    "model", "home", "weights_dir", "device", "precision", "threads", "kv_memory", "recall", "recall_index",
+    "recall_disk",
 )  # fmt: skip
 """The settings that matter to a command that runs a model in its own process."""
 

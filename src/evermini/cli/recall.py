@@ -12,6 +12,7 @@ from evermini.cli.options import with_settings
 from evermini.config import LoadedSettings, Settings
 
 if TYPE_CHECKING:
+    from evermini.recall.load import Indexer
     from evermini.recall.store import SegmentInfo, SegmentStore
     from evermini.service.loading import Loaded
 
@@ -55,7 +56,7 @@ def calibrate(
     print("* is used. Cost: share of the model's layers that reading a text takes.")
 
 
-@with_settings(*_MODEL, "recall_disk")
+@with_settings(*_MODEL, "recall_index", "recall_disk")
 def ingest(
     loaded: LoadedSettings,
     paths: Annotated[
@@ -69,15 +70,12 @@ def ingest(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from evermini.recall.load import open_recall
     from evermini.recall.segment import cut
 
     texts = [(path, _read(path)) for path in paths]
-    index = _load(loaded.settings)
-    recall = open_recall(
-        index.model, index.tokenizer, index.checkpoint.fingerprint, loaded.settings.home,
-        max_bytes=loaded.settings.recall_disk, progress=_say,
-    )  # fmt: skip
+    recall = _indexer(loaded.settings).open(
+        loaded.settings.home, max_bytes=loaded.settings.recall_disk, progress=_say
+    )
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
         console=Console(stderr=True),
@@ -192,6 +190,15 @@ def _load(settings: Settings) -> Loaded:
 
     with download_bar(settings.model) as progress:
         return load_checkpoint(settings.models[0], settings, progress=progress)
+
+
+def _indexer(settings: Settings) -> Indexer:
+    from evermini.cli.pull import download_bar
+    from evermini.service.loading import load_indexer
+
+    answering = _load(settings)
+    with download_bar(settings.recall_index) as progress:
+        return load_indexer(answering, settings, progress=progress)
 
 
 def _read(path: str) -> str:

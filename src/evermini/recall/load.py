@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 from evermini.models.batch import IndexModel
@@ -15,6 +16,33 @@ from evermini.recall.segment import ModelTokenizer
 from evermini.recall.store import SegmentStore
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """The model that finds passages; the one that answers may be another.
+
+    Attributes:
+        model: The index model.
+        tokenizer: Its tokenizer.
+        weights: Its checkpoint's fingerprint.
+    """
+
+    model: IndexModel
+    tokenizer: ModelTokenizer
+    weights: str
+
+    def open(
+        self,
+        home: Path,
+        *,
+        max_bytes: int | None = None,
+        progress: Callable[[str], None] = logger.info,
+    ) -> Recall:
+        """Return recall with this model; arguments as in `open_recall`."""
+        return open_recall(
+            self.model, self.tokenizer, self.weights, home, max_bytes=max_bytes, progress=progress
+        )
 
 
 def load_calibration(

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 
 from evermini.config import Settings
+from evermini.errors import DownloadError
 from evermini.models import catalogue, pull
 from evermini.models.checkpoint import Checkpoint, open_checkpoint
 from evermini.models.decoder import Decoder
 from evermini.models.load import load_model
 from evermini.models.native import NativeDecoder
+from evermini.recall.load import Indexer
 from evermini.text.tokenizer import Tokenizer
+
+INDEX_TIERS = {"full": "mini"}
+"""Tiers whose long prompts another one indexes unless the settings say otherwise (figures in docs/log.md)."""
 
 OnFetch = Callable[[int, int, str], None]
 """Told how a fetch of weights goes: bytes done, bytes in total, where from."""
@@ -63,6 +68,39 @@ def load_checkpoint(
         home=settings.home,
     )
     return Loaded(entry, checkpoint, model, Tokenizer(checkpoint.tokenizer))
+
+
+def load_indexer(
+    answering: Loaded, settings: Settings, *, progress: OnFetch | None = None
+) -> Indexer:
+    """Fetch (if need be) and load the model that finds passages for another, by the setting ``recall_index``.
+
+    Args:
+        answering: The model that answers.
+        settings: As for `load_checkpoint`.
+        progress: As for `load_checkpoint`.
+
+    Raises:
+        DownloadError: Its weights could not be fetched.
+        ModelNotFoundError: Nothing has that name.
+        ModelError: The checkpoint cannot be used.
+    """
+    name = settings.recall_index
+    if name == "auto":
+        name = INDEX_TIERS.get(answering.entry.tier, "own") if answering.entry else "own"
+    found = answering
+    if name != "own":
+        try:
+            other = load_checkpoint(name, settings, progress=progress)
+        except DownloadError as error:
+            raise DownloadError(
+                f"The model that finds passages in long prompts could not be fetched. {error.message} Or set "
+                "recall_index to own: the answering model then finds them itself, more slowly.",
+                param="recall_index",
+            ) from error
+        if other.checkpoint.fingerprint != answering.checkpoint.fingerprint:
+            found = other
+    return Indexer(found.model, found.tokenizer, found.checkpoint.fingerprint)
 
 
 def what_to_serve(name: str) -> tuple[catalogue.CatalogueEntry | None, str]:

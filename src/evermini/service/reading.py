@@ -1,6 +1,6 @@
 """Answers from prompts that exceed the model's window: long texts are read once, and each question takes what it needs.
 
-    reader = LongReader(model, tokenizer, template, weights=fingerprint, home=home)
+    reader = LongReader(indexer, tokenizer, template, home=home)
     plan = await reader.plan(request, window=8192)
     recalled = await reader.read(request, plan, progress=None)
     recalled.prompt          # fits the window; hand it to the engine
@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from evermini.errors import EngineStoppedError
-from evermini.models.batch import IndexModel
-from evermini.recall.load import open_recall
+from evermini.recall.load import Indexer
 from evermini.recall.recall import Progress, Recall, Selection
 from evermini.recall.segment import Segment
 from evermini.recall.select import Policy
@@ -68,13 +67,12 @@ class Recalled:
 
 
 class LongReader:
-    """Recall for the chats of one model, with that model as its own index.
+    """Recall for the chats of one model.
 
     Args:
-        model: The model, which gives the index.
-        tokenizer: Its tokenizer.
+        indexer: The model that finds passages: the one that answers, or a better finder.
+        tokenizer: The answering model's tokenizer.
         template: Its chat template.
-        weights: Its checkpoint's fingerprint.
         home: Evermini's home folder, where the index lives.
         max_bytes: Cap on the index on disk.
         max_prompt_tokens: Longer prompts are refused.
@@ -82,17 +80,15 @@ class LongReader:
 
     def __init__(
         self,
-        model: IndexModel,
+        indexer: Indexer,
         tokenizer: Tokenizer,
         template: ChatTemplate,
         *,
-        weights: str,
         home: Path,
         max_bytes: int | None = None,
         max_prompt_tokens: int = MAX_PROMPT_TOKENS,
     ) -> None:
-        self.model = model
-        self.weights = weights
+        self.indexer = indexer
         self.max_prompt_tokens = max_prompt_tokens
         self.home = home
         self.assembler = Assembler(tokenizer, template, self._known_tokens)
@@ -189,6 +185,8 @@ class LongReader:
         )
 
     def _known_tokens(self, digest: str) -> int | None:
+        if self.indexer.tokenizer is not self._tokenizer:
+            return None  # the index counts in other tokens
         indexed = self._recall.store.open(digest) if self._recall else None
         return len(indexed.ids) if indexed else None
 
@@ -196,13 +194,7 @@ class LongReader:
         """Return recall; an unknown model is calibrated first, which takes a minute or more."""
         with self._opening:
             if self._recall is None:
-                self._recall = open_recall(
-                    self.model,
-                    self._tokenizer,
-                    self.weights,
-                    self.home,
-                    max_bytes=self._max_bytes,
-                )
+                self._recall = self.indexer.open(self.home, max_bytes=self._max_bytes)
             return self._recall
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: object) -> T:

@@ -22,7 +22,7 @@ from evermini.engine.worker import EngineWorker
 from evermini.errors import ConfigError, ModelNotFoundError
 from evermini.models.batch import Model
 from evermini.models.checkpoint import Checkpoint
-from evermini.service.loading import load_checkpoint
+from evermini.service.loading import load_checkpoint, load_indexer
 from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
 from evermini.service.reading import LongReader
@@ -177,10 +177,9 @@ def load_tier(
     reader = None
     if settings.recall:
         reader = LongReader(
-            loaded.model,
+            load_indexer(loaded, settings, progress=progress),
             tokenizer,
             template,
-            weights=checkpoint.fingerprint,
             home=settings.home,
             max_bytes=settings.recall_disk,
         )
