@@ -14,7 +14,14 @@ from tests.fakes import Outcome, TinyModel, drive, greedy_oracle, tiny_config
 
 
 def make_engine(model: TinyModel | None = None, **changes) -> Engine:
-    arguments = {"num_blocks": 256, "max_batch_tokens": 512, "max_num_seqs": 16, "max_waiting": 64}
+    """Without speculation, so that steps and rows can be counted; test_speculation.py is about it."""
+    arguments = {
+        "num_blocks": 256,
+        "max_batch_tokens": 512,
+        "max_num_seqs": 16,
+        "max_waiting": 64,
+        "speculation": False,
+    }
     return Engine(model or TinyModel(), **{**arguments, **changes})
 
 

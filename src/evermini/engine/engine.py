@@ -14,7 +14,7 @@ import logging
 import secrets
 import time
 from collections import Counter, abc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,10 +22,18 @@ from torch import Tensor
 
 from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
 from evermini.engine.masks import MaskFiller, MaskTimes, PendingMasks
-from evermini.engine.request import Event, Finished, FinishReason, PromptDone, SamplingParams
+from evermini.engine.request import (
+    Event,
+    Finished,
+    FinishReason,
+    PredictionUse,
+    PromptDone,
+    SamplingParams,
+)
 from evermini.engine.sampler import Sampler, prompt_logprobs
 from evermini.engine.scheduler import Chunk, Scheduler
 from evermini.engine.sequence import Sequence
+from evermini.engine.speculation import Drafter
 from evermini.errors import ContextLengthError, EngineError, InvalidRequestError, OverloadedError
 from evermini.models.batch import BLOCK_SIZE, ForwardBatch, Model
 
@@ -50,6 +58,8 @@ class EngineStats:
         step_seconds: Time spent in them, sampling included.
         finished: Requests ended, by reason.
         mask_times: How long the masks of a step took, for steps that had any.
+        drafted_tokens: Guessed tokens that were verified...
+        accepted_tokens: ...of which were right.
     """
 
     running: int
@@ -65,6 +75,8 @@ class EngineStats:
     step_seconds: float
     finished: abc.Mapping[FinishReason, int]
     mask_times: MaskTimes
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 class Engine:
@@ -78,6 +90,7 @@ class Engine:
         max_num_seqs: Requests computed at once.
         max_waiting: Requests that may wait beyond these.
         prefix_caching: Share and keep the blocks of equal prefixes.
+        speculation: Verify guessed tokens several at a time; see `evermini.engine.speculation`.
     """
 
     def __init__(
@@ -89,8 +102,10 @@ class Engine:
         max_num_seqs: int,
         max_waiting: int,
         prefix_caching: bool = True,
+        speculation: bool = True,
     ) -> None:
         self._model = model
+        self._speculation = speculation
         self._blocks = BlockManager(num_blocks, prefix_caching=prefix_caching)
         self._scheduler = Scheduler(
             self._blocks, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
@@ -105,6 +120,8 @@ class Engine:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._generated_tokens = 0
+        self._drafted_tokens = 0
+        self._accepted_tokens = 0
         self._steps = 0
         self._step_seconds = 0.0
         self._finished: Counter[FinishReason] = Counter()
@@ -137,6 +154,13 @@ class Engine:
         if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
             raise InvalidRequestError(
                 f"The prompt has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer."
+            )
+        if params.prediction and not (
+            min(params.prediction) >= 0 and max(params.prediction) < vocab_size
+        ):
+            raise InvalidRequestError(
+                f"The prediction has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer.",
+                param="prediction",
             )
         for token_id in (*params.logit_bias, *params.stop_token_ids):
             if not 0 <= token_id < vocab_size:
@@ -180,15 +204,19 @@ class Engine:
         if len(self._sequences) >= self.max_unfinished:
             raise overloaded(self.max_unfinished)
         seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        token_ids = list(prompt_ids)
         sequence = Sequence(
             request_id=request_id,
             arrival=self._num_added,
-            token_ids=list(prompt_ids),
+            token_ids=token_ids,
             num_prompt=len(prompt_ids),
             params=params,
             sampler=Sampler(params, seed),
             chain=PrefixChain(cache_salt),
             constraint=None if params.constraint is None else params.constraint.start(),
+            drafter=Drafter(token_ids, params.prediction, params.stop_token_ids)
+            if self._speculation
+            else None,
         )
         self._num_added += 1
         self._sequences[request_id] = sequence
@@ -235,6 +263,8 @@ class Engine:
             step_seconds=self._step_seconds,
             finished=dict(self._finished),
             mask_times=self._masks.times(),
+            drafted_tokens=self._drafted_tokens,
+            accepted_tokens=self._accepted_tokens,
         )
 
     def check_integrity(self) -> None:
@@ -256,21 +286,25 @@ class Engine:
         for sequence in running:
             has = len(self._blocks.table(sequence.request_id))
             assert has >= blocks_for(sequence.num_computed), f"{sequence.request_id} lacks blocks"
+            assert has <= blocks_for(len(sequence.token_ids)), (
+                f"{sequence.request_id} kept blocks of a draft"
+            )
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Return the logits (R, vocab_size) of all `_wanted_rows`, chunk after chunk."""
         query_start = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum([chunk.end - chunk.start for chunk in chunks], out=query_start[1:])
+        np.cumsum([chunk.context - chunk.start for chunk in chunks], out=query_start[1:])
         tables = [self._blocks.table(chunk.sequence.request_id) for chunk in chunks]
         block_tables = np.zeros((len(chunks), max(map(len, tables))), np.int32)
         token_ids: list[int] = []
         positions, slots, rows = [], [], []
         for index, (chunk, table) in enumerate(zip(chunks, tables, strict=True)):
             block_tables[index, : len(table)] = table
-            at = np.arange(chunk.start, chunk.end, dtype=np.int64)
+            at = np.arange(chunk.start, chunk.context, dtype=np.int64)
             positions.append(at)
             slots.append(block_tables[index, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE)
             token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
+            token_ids += chunk.draft
             first = int(query_start[index]) - chunk.start
             rows += [first + position for position in _wanted_rows(chunk)]
         batch = ForwardBatch(
@@ -278,7 +312,7 @@ class Engine:
             positions=torch.from_numpy(np.concatenate(positions)),
             slots=torch.from_numpy(np.concatenate(slots).astype(np.int64)),
             query_start=torch.from_numpy(query_start),
-            context_lens=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32),
+            context_lens=torch.tensor([chunk.context for chunk in chunks], dtype=torch.int32),
             block_tables=torch.from_numpy(block_tables),
             logits_rows=torch.tensor(rows, dtype=torch.int64),
         )
@@ -293,16 +327,23 @@ class Engine:
             mine = logits[row : row + num_rows]
             row += num_rows
             sequence.num_computed = chunk.end
-            sequence.chain.extend(sequence.token_ids)
-            self._blocks.publish(
-                sequence.request_id, sequence.chain.keys[: chunk.end // BLOCK_SIZE]
-            )
+            ended: FinishReason | None = None
+            message = ""
             try:
                 self._score_prompt(chunk, mine)
                 if sequence.num_remaining == 0:
-                    self._draw(sequence, mine, masks)
+                    self._report_prompt(sequence)
+                    ended = self._draw(chunk, mine, masks)
             except EngineError as error:
-                self._finish(sequence, "error", error.message)
+                ended, message = "error", error.message
+            sequence.chain.extend(sequence.token_ids)
+            self._blocks.publish(
+                sequence.request_id, sequence.chain.keys[: sequence.num_computed // BLOCK_SIZE]
+            )
+            if chunk.draft:
+                self._blocks.shrink(sequence.request_id, len(sequence.token_ids))
+            if ended is not None:
+                self._finish(sequence, ended, message)
 
     def _score_prompt(self, chunk: Chunk, logits: Tensor) -> None:
         """Append the log-probabilities of the prompt tokens that this chunk's rows predict."""
@@ -314,31 +355,58 @@ class Engine:
         next_ids = sequence.token_ids[first : min(chunk.end + 1, sequence.num_prompt)]
         sequence.prompt_logprobs += prompt_logprobs(logits[: len(next_ids)], next_ids, num_top)
 
-    def _draw(self, sequence: Sequence, logits: Tensor, masks: PendingMasks) -> None:
-        """Draw the next token from the last row of ``logits``, after the prompt's end was reported."""
-        params, request_id = sequence.params, sequence.request_id
-        if not sequence.prompt_done:
-            assert sequence.cached_tokens is not None
-            scored = None if params.prompt_logprobs is None else tuple(sequence.prompt_logprobs)
-            self._events.append((request_id, PromptDone(sequence.cached_tokens, scored)))
-            sequence.prompt_done = True
-            self._prompt_tokens += sequence.num_prompt
-            self._cached_tokens += sequence.cached_tokens
-        if sequence.num_generated < params.max_tokens:
-            output = sequence.sampler.draw(logits[-1].numpy(), masks.of(sequence))
+    def _report_prompt(self, sequence: Sequence) -> None:
+        """Say once that the prompt is computed."""
+        if sequence.prompt_done:
+            return
+        assert sequence.cached_tokens is not None
+        is_scored = sequence.params.prompt_logprobs is not None
+        scored = tuple(sequence.prompt_logprobs) if is_scored else None
+        self._events.append((sequence.request_id, PromptDone(sequence.cached_tokens, scored)))
+        sequence.prompt_done = True
+        self._prompt_tokens += sequence.num_prompt
+        self._cached_tokens += sequence.cached_tokens
+
+    def _draw(self, chunk: Chunk, logits: Tensor, masks: PendingMasks) -> FinishReason | None:
+        """Draw a token from the last known token's row, then from each row whose draft token was drawn before it.
+
+        Returns:
+            Why the request ends now; ``None``: it goes on.
+        """
+        sequence, params = chunk.sequence, chunk.sequence.params
+        drafter, constraint = sequence.drafter, sequence.constraint
+        if sequence.num_generated == params.max_tokens:  # the prompt alone was asked for
+            return "length"
+        if drafter is not None and chunk.draft:
+            drafter.verifying(len(chunk.draft))
+            self._drafted_tokens += len(chunk.draft)
+        mask = masks.of(sequence)
+        for row, guess in zip(logits[-1 - len(chunk.draft) :], (*chunk.draft, None), strict=True):
+            output = sequence.sampler.draw(row.numpy(), mask)
             if output.token_id in params.stop_token_ids:
-                self._finish(sequence, "stop")
-                return
-            if sequence.constraint is not None:
-                sequence.constraint.advance(output.token_id)
+                return "stop"
+            if constraint is not None:
+                constraint.advance(output.token_id)
             sequence.token_ids.append(output.token_id)
             self._generated_tokens += 1
-            self._events.append((request_id, output))
-            if sequence.constraint is not None and sequence.constraint.is_done:
-                self._finish(sequence, "stop")
-                return
-        if sequence.num_generated == params.max_tokens:
-            self._finish(sequence, "length")
+            if drafter is not None:
+                drafter.observe()
+                if params.prediction:
+                    use = PredictionUse(drafter.num_appeared, drafter.num_rejected)
+                    output = replace(output, prediction=use)
+            self._events.append((sequence.request_id, output))
+            is_right = output.token_id == guess
+            if is_right:
+                sequence.num_computed += 1
+                self._accepted_tokens += 1
+            if constraint is not None and constraint.is_done:
+                return "stop"
+            if sequence.num_generated == params.max_tokens:
+                return "length"
+            if not is_right:
+                break
+            mask = masks.refilled(sequence)
+        return None
 
     def _fail(self, chunks: list[Chunk], error: Exception) -> None:
         log.error("a model step failed; %d requests are lost", len(chunks), exc_info=error)
@@ -357,13 +425,16 @@ class Engine:
 
 
 def _wanted_rows(chunk: Chunk) -> range:
-    """Return the positions in ``chunk`` whose logits are wanted: all that score the prompt, and the last one known."""
+    """Return the positions in ``chunk`` whose logits are wanted.
+
+    All that score the prompt, the last known one, and a draft's.
+    """
     sequence = chunk.sequence
     end = chunk.end
     is_last = end == len(sequence.token_ids)
     if sequence.is_scoring:
         return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), end)
-    return range(end - 1, end) if is_last else range(0)
+    return range(end - 1, chunk.context) if is_last else range(0)
 
 
 def _draws(chunk: Chunk) -> bool:

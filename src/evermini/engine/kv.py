@@ -158,6 +158,18 @@ class BlockManager:
         blocks.extend(self._take() for _ in range(num_fresh))
         return True
 
+    def shrink(self, owner: Owner, num_tokens: int) -> None:
+        """Give back the owner's last blocks, all past ``num_tokens`` tokens; none of them is published."""
+        account = self._accounts[owner]
+        keep = blocks_for(num_tokens)
+        assert keep >= account.num_published, (
+            "a published block is never given back by its owner alone"
+        )
+        while len(account.blocks) > keep:
+            block = account.blocks.pop()
+            self._refs[block] = 0
+            self._blank.append(block)
+
     def publish(self, owner: Owner, keys: Sequence[BlockKey]) -> None:
         """Let others share the owner's leading ``len(keys)`` blocks, which must be full and computed.
 

@@ -21,10 +21,10 @@ MASK_BUCKETS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02
 
 @dataclass(frozen=True)
 class MaskTimes:
-    """Steps with masks by the time that all their masks took.
+    """Masks by the time they took: those of a step's requests together, then each further row's of a draft.
 
     Attributes:
-        counts: Steps per bucket of `MASK_BUCKETS`, then those beyond the last bound.
+        counts: Observations per bucket of `MASK_BUCKETS`, then those beyond the last bound.
         seconds: The sum.
         waited_seconds: Of it, what the forward passes did not hide.
     """
@@ -58,6 +58,19 @@ class PendingMasks:
             raise error
         row: Mask = self._rows[wanted.request_id].numpy()
         return row
+
+    def refilled(self, wanted: Sequence) -> Mask | None:
+        """Return the mask of ``wanted`` after its grammar was advanced within the step, as `of` does."""
+        if wanted.constraint is None:
+            return None
+        self.discard()
+        began = time.perf_counter()
+        row = self._rows[wanted.request_id]
+        wanted.constraint.fill_mask(row)
+        seconds = time.perf_counter() - began
+        self._filler._note(seconds, waited=seconds)
+        mask: Mask = row.numpy()
+        return mask
 
     def discard(self) -> None:
         """Wait until nobody uses the grammars' states any more."""
@@ -102,10 +115,13 @@ class MaskFiller:
     def _collect(self, work: Future[_Filled]) -> dict[str, EngineError]:
         began = time.perf_counter()
         filled = work.result()
-        self._waited_seconds += time.perf_counter() - began
-        self._seconds += filled.seconds
-        self._counts[bisect_left(MASK_BUCKETS, filled.seconds)] += 1
+        self._note(filled.seconds, waited=time.perf_counter() - began)
         return filled.errors
+
+    def _note(self, seconds: float, waited: float) -> None:
+        self._waited_seconds += waited
+        self._seconds += seconds
+        self._counts[bisect_left(MASK_BUCKETS, seconds)] += 1
 
 
 def _fill(constrained: abc.Sequence[Sequence], rows: dict[str, Tensor]) -> _Filled:

@@ -29,6 +29,7 @@ class SamplingParams:
         prompt_logprobs: As ``top_logprobs``, for each prompt token (echo).
         constraint: Only tokens that it allows are drawn, whatever the bias; the output ends (``"stop"``) as soon as
             nothing may follow.
+        prediction: The output that is expected; right tokens in it save time and change nothing.
     """
 
     max_tokens: int = 16
@@ -43,6 +44,7 @@ class SamplingParams:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    prediction: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,25 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class PredictionUse:
+    """What became of a request's prediction so far.
+
+    Attributes:
+        accepted: Its tokens that appeared in the output.
+        rejected: Its tokens that were computed in vain and have not appeared.
+    """
+
+    accepted: int
+    rejected: int
+
+
+@dataclass(frozen=True)
 class TokenOutput:
-    """One generated token."""
+    """One generated token; ``prediction`` is there if the request has one."""
 
     token_id: int
     logprob: TokenLogprob | None = None
+    prediction: PredictionUse | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ A step computes at most ``max_batch_tokens`` tokens, spent in this order:
 1. *Decodes.* Every running request that only lacks its newest token gets it computed. One that crosses into a new
    block when none is free takes the memory of the youngest running request, which waits again and later recomputes
    (*preemption*; its tokens, random numbers and sent events stay).
-2. *Prompts*, in chunks. Half of what is left goes to the oldest request, be it running or waiting, the rest to the
+2. *Drafts* of tokens that these requests may write next, as far as their rows are worth the time
+   (`evermini.engine.speculation`) and memory is free; nobody is preempted for a guess.
+3. *Prompts*, in chunks. Half of what is left goes to the oldest request, be it running or waiting, the rest to the
    one with the fewest tokens left, then the next. So a short prompt behind a long one starts at once, and nobody
    starves: everybody becomes the oldest, and the oldest always advances.
 
@@ -18,10 +20,12 @@ A request owns the blocks of all its known tokens from admission on, so prefill 
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass
+from collections import abc
+from dataclasses import dataclass, replace
 
 from evermini.engine.kv import BlockManager
 from evermini.engine.sequence import Sequence
+from evermini.engine.speculation import MAX_DRAFT, NO_DRAFT, Draft, break_even, plan
 from evermini.models.batch import BLOCK_SIZE
 
 MAX_SCORED_ROWS = 128
@@ -39,11 +43,17 @@ PREFIX_PATIENCE = 16
 
 @dataclass(frozen=True)
 class Chunk:
-    """Compute tokens ``start:end`` of ``sequence`` in this step."""
+    """Compute tokens ``start:end`` of ``sequence`` in this step, and ``draft`` as if it followed them."""
 
     sequence: Sequence
     start: int
     end: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """Tokens of the sequence after this step, the draft included."""
+        return self.end + len(self.draft)
 
 
 class Scheduler:
@@ -88,7 +98,8 @@ class Scheduler:
         The caller computes them all, or removes their requests, before the next call.
         """
         chunks = self._schedule_decodes()
-        budget = self._max_batch_tokens - len(chunks)
+        chunks = self._add_drafts(chunks)
+        budget = self._max_batch_tokens - sum(chunk.context - chunk.start for chunk in chunks)
         if chunks:
             budget = min(budget, max(BLOCK_SIZE, self._max_batch_tokens // 4))
         return chunks + self._schedule_prompts(budget)
@@ -107,6 +118,22 @@ class Scheduler:
             else:
                 chunks.append(Chunk(sequence, known - 1, known))
         return chunks
+
+    def _add_drafts(self, chunks: list[Chunk]) -> list[Chunk]:
+        drafts = [_propose(chunk.sequence, len(chunks)) for chunk in chunks]
+        sizes = plan(drafts, len(chunks), (self._max_batch_tokens - len(chunks)) // 2)
+        return [
+            self._with_draft(chunk, draft.token_ids[:size])
+            for chunk, draft, size in zip(chunks, drafts, sizes, strict=True)
+        ]
+
+    def _with_draft(self, chunk: Chunk, draft: abc.Sequence[int]) -> Chunk:
+        """Return the chunk with as much of ``draft`` as its grammar allows and there is memory for."""
+        if draft and chunk.sequence.constraint is not None:
+            draft = draft[: chunk.sequence.constraint.num_valid(draft)]
+        if draft and not self._blocks.grow(chunk.sequence.request_id, chunk.end + len(draft)):
+            draft = draft[: -chunk.end % BLOCK_SIZE]
+        return replace(chunk, draft=tuple(draft)) if draft else chunk
 
     def _preempt(self, sequence: Sequence) -> None:
         self._dismiss(sequence)
@@ -207,6 +234,14 @@ class Scheduler:
             sequence.patience = PREFIX_PATIENCE
         sequence.patience -= 1
         return sequence.patience >= 0
+
+
+def _propose(sequence: Sequence, num_rows: int) -> Draft:
+    """Guess what ``sequence`` writes next; its last token is drawn from the row before it and needs none."""
+    limit = min(MAX_DRAFT, sequence.params.max_tokens - sequence.num_generated - 1)
+    if sequence.drafter is None or limit < 1:
+        return NO_DRAFT
+    return sequence.drafter.propose(limit, break_even(num_rows, num_rows))
 
 
 def _age(sequence: Sequence) -> int:

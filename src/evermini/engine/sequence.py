@@ -8,6 +8,7 @@ from evermini.engine.constraint import ConstraintState
 from evermini.engine.kv import BlockKey, PrefixChain
 from evermini.engine.request import SamplingParams, TokenLogprob
 from evermini.engine.sampler import Sampler
+from evermini.engine.speculation import Drafter
 from evermini.models.batch import BLOCK_SIZE
 
 
@@ -28,6 +29,7 @@ class Sequence:
         sampler: Draws this request's tokens.
         constraint: Where the output stands in its grammar, if it has one.
         chain: Keys of the full blocks of ``token_ids``.
+        drafter: Guesses what comes next; ``None``: one token is computed at a time.
         is_running: Admitted, so it owns blocks; else it waits.
         num_computed: Tokens whose keys and values are in KV memory.
         cached_tokens: Prompt tokens found in KV memory at the first admission; ``None`` before.
@@ -47,6 +49,7 @@ class Sequence:
     sampler: Sampler
     chain: PrefixChain
     constraint: ConstraintState | None = None
+    drafter: Drafter | None = None
     is_running: bool = False
     num_computed: int = 0
     cached_tokens: int | None = None

@@ -191,7 +191,10 @@ INLINE void tile(const Linear *w, const uint8_t *panel, int rows, const Activati
     }
     for (int64_t k = 0; k < w->k_padded; k += 4) {
         i32x16 v[4];
-        UNROLL for (int z = 0; z < 4; z++) v[z] = loadi(panel + k * PANEL + z * 64);
+        UNROLL for (int z = 0; z < 4; z++) {
+            v[z] = loadi(panel + k * PANEL + z * 64);
+            __builtin_prefetch(panel + k * PANEL + z * 64 + PREFETCH);
+        }
         UNROLL for (int r = 0; r < rows; r++) {
             i32x16 b = input4(xq + r * w->k_padded + k);
             UNROLL for (int z = 0; z < 4; z++) acc[r][z] = dot4(acc[r][z], v[z], b);
@@ -219,7 +222,7 @@ static void tile_rows(const Linear *w, const uint8_t *panel, const Activation *x
 
 void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output) {
     const int64_t panels = (w->n + PANEL - 1) / PANEL, stride = panel_bytes(w);
-    if (m < FEW_ROWS) {
+    if (m < (w->bits == 8 ? 3 : FEW_ROWS)) {
 #pragma omp for schedule(static) nowait
         for (int64_t p = 0; p < panels; p++) {
             const uint8_t *panel = w->data + p * stride;
