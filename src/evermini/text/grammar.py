@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from evermini.errors import EngineError, InvalidRequestError
+from evermini.text.schema import enforceable
 from evermini.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: The schema is wrong, too complex, or cannot be enforced in full.
         """
-        text = json.dumps(schema)
+        text = json.dumps(enforceable(schema))
         return self._compiled(LLMatcher.grammar_from_json_schema(text, overrides=_STYLE))
 
     def json_object(self) -> Grammar:
