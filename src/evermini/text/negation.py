@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ MAX_OPTIONS = 64
 MAX_CHARACTERS = 4000
 """An enum with more is not complemented."""
 _MAX_DEPTH = 6
+_ONE_CLASS = re.compile(r"\^\[(?P<negated>\^?)(?P<class>(?:[^\]\\]|\\.)+)\](?P<count>[+*])\$")
 _SYNTAX = frozenset(r"\\^$.|?*+()[]{}-&~/")
 
 
@@ -72,6 +74,8 @@ class Negation:
             return True
         if (values := _values_of(one)) is not None and (rest := _values_of(other)) is not None:
             return not values & rest
+        if _refuses_all(other, one) or _refuses_all(one, other):
+            return True
         if mine & others != {"object"}:
             return False
         return any(
@@ -147,6 +151,14 @@ class Negation:
     def _not(self, value: Any, schema: Json, depth: int) -> list[Schema]:
         return [value]
 
+    def _pattern(self, value: Any, schema: Json, depth: int) -> list[Schema]:
+        """Return the complement of a pattern of one class of characters; no other can be told."""
+        if not isinstance(value, str) or not (match := _ONE_CLASS.fullmatch(value)):
+            return []
+        inside = match["class"] if match["negated"] else f"^{match['class']}"
+        other: list[Schema] = [{"type": "string", "pattern": f"[{inside}]"}]
+        return other if match["count"] == "*" else [*other, {"type": "string", "maxLength": 0}]
+
     def _ref(self, value: Any, schema: Json, depth: int) -> list[Schema]:
         target = self._resolve(value)
         return [] if target is None else self.negate(target, depth)
@@ -180,6 +192,7 @@ _COMPLEMENTS: Mapping[str, Complement] = {
     "oneOf": Negation._any_of,  # what none of them accepts
     "allOf": Negation._all_of,
     "not": Negation._not,
+    "pattern": Negation._pattern,
     "$ref": Negation._ref,
     "minLength": _bound("minLength", "string", "maxLength", -1),
     "maxLength": _bound("maxLength", "string", "minLength", 1),
@@ -233,6 +246,17 @@ def _values_of(schema: Json) -> frozenset[str] | None:
     if not isinstance(values, list):
         return None
     return frozenset(json.dumps(_canonical(value), sort_keys=True) for value in values)
+
+
+def _refuses_all(schema: Json, listed: Json) -> bool:
+    """Return whether the pattern of ``schema`` certainly matches none of the texts that ``listed`` enumerates."""
+    values, pattern = listed.get("enum", [listed.get("const")]), schema.get("pattern")
+    if not (isinstance(pattern, str) and isinstance(values, list) and values):
+        return False
+    try:
+        return all(isinstance(v, str) and not re.search(pattern, v) for v in values)
+    except re.error:
+        return False
 
 
 def _canonical(value: Any) -> Any:

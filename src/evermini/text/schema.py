@@ -285,7 +285,9 @@ class _Rewriter:
         return [{"anyOf": [first, _NO_ARRAY]}]
 
     def _property_names(self, value: Any, schema: Json, context: Context) -> list[Schema]:
-        allowed = value if isinstance(value, bool) else _object(value, context)
+        allowed = self._target(value["$ref"]) if isinstance(value, dict) and "$ref" in value else value
+        if not isinstance(allowed, bool):
+            allowed = _object(allowed, context)
         if allowed is True or not allowed:
             return []
         pattern = _pattern_of_names(allowed)
