@@ -155,8 +155,6 @@ def test_missing_fields(base_url: str) -> None:
     ("change", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),

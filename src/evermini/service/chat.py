@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from evermini.errors import UnsupportedParameterError
+from evermini.service.constraints import constraint_of
 from evermini.service.decode import ScoredToken
 from evermini.service.generation import (
     Candidate,
@@ -184,8 +185,8 @@ async def start(
         ContextLengthError: The prompt (plus the requested output) does not fit, and recall is off or cannot help.
         UnsupportedParameterError: Recall is asked for and switched off.
         RecallDiskError: The index of a long text does not fit under the cap on disk space.
-        InvalidRequestError: A token id in ``logit_bias`` is not one of the model's, or the chat template refuses the
-            order of the messages.
+        InvalidRequestError: A token id in ``logit_bias`` is not one of the model's, the chat template refuses the
+            order of the messages, or the form that the answer should have cannot be enforced.
         OverloadedError: The engine's queue is full.
         EngineStoppedError: The engine is stopped.
     """
@@ -196,6 +197,7 @@ async def start(
     check_output(request)
     if request.toolset().tools:
         raise UnsupportedParameterError("Tools are not called yet. Leave them out.", param="tools")
+    constraint = await constraint_of(request, served.grammars, timer)
     prompt, recalled = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
     candidates = [
@@ -209,6 +211,7 @@ async def start(
                 seed=seed_of_choice(request.seed, index),
                 stop_token_ids=served.tokenizer.eos_ids,
                 top_logprobs=request.num_top_logprobs,
+                constraint=constraint,
             ),
         )
         for index in range(request.num_choices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from evermini.engine.constraint import Constraint
 from evermini.engine.request import SamplingParams
 from evermini.errors import ContextLengthError, InvalidRequestError
 from evermini.service.schemas import (
@@ -90,6 +91,7 @@ def sampling_params(
     stop_token_ids: frozenset[int],
     top_logprobs: int | None,
     prompt_logprobs: int | None = None,
+    constraint: Constraint | None = None,
 ) -> SamplingParams:
     """Return the engine's parameters; the contract's defaults are filled in here."""
     temperature = 1.0 if request.temperature is None else request.temperature
@@ -107,4 +109,5 @@ def sampling_params(
         stop_token_ids=stop_token_ids,
         top_logprobs=top_logprobs,
         prompt_logprobs=prompt_logprobs,
+        constraint=constraint,
     )

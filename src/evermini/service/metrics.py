@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from evermini.engine.engine import EngineStats
+from evermini.engine.masks import MASK_BUCKETS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _FIRST_TOKEN = (0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 _BETWEEN_TOKENS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5)
+_COMPILE = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _WHOLE_REQUEST = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 300, 600, 1800, 3600)
 
 
@@ -57,6 +65,13 @@ class Metrics:
             "evermini_choices",
             "Choices that ended, by how they ended: stop, length, abort or error.",
             [*model, "finished_reason"],
+            registry=self.registry,
+        )
+        self.grammar_compile = Histogram(
+            "evermini_grammar_compile_seconds",
+            "From a request for a form of the answer to its compiled grammar, found in the cache or not.",
+            model,
+            buckets=_COMPILE,
             registry=self.registry,
         )
         self.http_requests = Counter(
@@ -100,6 +115,11 @@ class RequestTimer:
             self._metrics.between_tokens.labels(self._model).observe(now - self._last_token[choice])
         self._last_token[choice] = now
 
+    def compiled(self, seconds: float) -> None:
+        """The grammar of the answer was there after ``seconds``."""
+        if self._metrics is not None:
+            self._metrics.grammar_compile.labels(self._model).observe(seconds)
+
     def choice_ended(self, reason: str) -> None:
         """A choice ended."""
         if self._metrics is not None:
@@ -121,7 +141,7 @@ class _EngineCollector(Collector):
 
     def describe(self) -> Iterable[Metric]:
         """Return the families without asking the engines."""
-        return [family for family, _ in _families()]
+        return [*(family for family, _ in _families()), _mask_family()]
 
     def collect(self) -> Iterator[Metric]:
         """Yield each family with one sample per engine."""
@@ -130,6 +150,21 @@ class _EngineCollector(Collector):
             for model_name, snapshot in stats.items():
                 family.add_metric([model_name], read(snapshot))
             yield family
+        masks = _mask_family()
+        for model_name, snapshot in stats.items():
+            times = snapshot.mask_times
+            cumulated = accumulate(times.counts)
+            bounds = [*map(str, MASK_BUCKETS), "+Inf"]
+            masks.add_metric([model_name], list(zip(bounds, cumulated, strict=True)), times.seconds)
+        yield masks
+
+
+def _mask_family() -> HistogramMetricFamily:
+    return HistogramMetricFamily(
+        "evermini_grammar_mask_seconds",
+        "Per step, what the token masks of all its requests with a grammar took.",
+        labels=["model_name"],
+    )
 
 
 EngineFamily = GaugeMetricFamily | CounterMetricFamily
@@ -168,6 +203,11 @@ def _families() -> list[tuple[EngineFamily, Reader]]:
             "preemptions", "Times a request lost its KV memory to another.", lambda s: s.preemptions
         ),
         counter("engine_steps", "Forward passes.", lambda s: s.steps),
+        counter(
+            "grammar_mask_wait_seconds",
+            "Seconds that steps waited for token masks after the forward pass.",
+            lambda s: s.mask_times.waited_seconds,
+        ),
         counter(
             "engine_step_seconds", "Seconds spent in forward passes.", lambda s: s.step_seconds
         ),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
+from evermini.text.chat import Message as TemplateMessage
 
 
 def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -> list[int]:
@@ -19,7 +20,19 @@ def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -
     Raises:
         InvalidRequestError: The template refuses the conversation.
     """
-    messages = [
+    messages: list[TemplateMessage] = [
         message.for_template(text) for message, text in zip(request.messages, texts, strict=True)
     ]
+    if request.response_format is not None and (told := request.response_format.instruction):
+        messages = with_instruction(messages, told)
     return template.encode_chat(messages)
+
+
+def with_instruction(
+    messages: Sequence[TemplateMessage], instruction: str
+) -> list[TemplateMessage]:
+    """Return ``messages`` with more at the end of the system message, which is made if there is none."""
+    if messages and messages[0]["role"] == "system":
+        content = f"{messages[0]['content']}\n\n{instruction}"
+        return [{**messages[0], "content": content}, *messages[1:]]
+    return [{"role": "system", "content": instruction}, *messages]

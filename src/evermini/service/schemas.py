@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
 from evermini.service import unsupported, validation
+from evermini.service.formats import ResponseFormat
 from evermini.service.messages import Message, check_conversation
 from evermini.service.tools import (
     Choice,
@@ -139,10 +140,14 @@ class Extensions(WireModel):
         reading: How the prompt is read: ``dense`` in the model's own window; ``recall`` its long texts in excerpts that
             the question needs; ``auto`` the first if it fits, else the second.
         why: Say in the response which excerpts were read.
+        grammar: The answer is a text of this grammar, in llguidance's dialect of Lark.
+        regex: The answer matches this regular expression (Rust's syntax) from end to end.
     """
 
     reading: Literal["auto", "recall", "dense", "sweep"] | None = None
     why: bool | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
 
 
 MetadataKey = Annotated[str, Field(max_length=64)]
@@ -158,6 +163,7 @@ class ChatRequest(SamplingRequest):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
     metadata: Metadata | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
@@ -180,6 +186,7 @@ class ChatRequest(SamplingRequest):
                 param="functions",
             )
         self.toolset()
+        self._check_form()
         if self.x_evermini is not None and self.x_evermini.reading == "sweep":
             raise UnsupportedParameterError(
                 "x_evermini.reading 'sweep' (reading all of a long text, for questions about the whole of it) is not "
@@ -200,6 +207,24 @@ class ChatRequest(SamplingRequest):
                 param="top_logprobs",
             )
         return self
+
+    def _check_form(self) -> None:
+        """Check what is asked about the form of the answer: one thing at most."""
+        if self.response_format is not None:
+            self.response_format.check([message.text() for message in self.messages])
+        asked = {
+            "response_format": self.response_format is not None
+            and self.response_format.type != "text",
+            "x_evermini.grammar": self.x_evermini is not None
+            and self.x_evermini.grammar is not None,
+            "x_evermini.regex": self.x_evermini is not None and self.x_evermini.regex is not None,
+        }
+        names = [name for name, is_asked in asked.items() if is_asked]
+        if names[1:]:
+            raise InvalidRequestError(
+                f"'{names[0]}' and '{names[1]}' both say what form the answer has. Use one of them.",
+                param=names[1],
+            )
 
     def toolset(self) -> Toolset:
         """Return the tools and how they may be called.

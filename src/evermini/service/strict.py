@@ -28,7 +28,7 @@ TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "
 _ANYWHERE = frozenset({"type", "description", "title", "enum", "const", "anyOf", "$ref"})
 _ROOT_ONLY = frozenset({"$defs", "definitions", "$schema", "$id"})
 _OF_TYPE: Mapping[str, frozenset[str]] = {
-    "string": frozenset({"pattern", "format"}),
+    "string": frozenset({"pattern", "format", "minLength", "maxLength"}),
     "number": frozenset(
         {"multipleOf", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
     ),
@@ -102,17 +102,17 @@ class _Checker:
 
     def _visit(self, schema: object, context: Context, depth: int) -> None:
         if not isinstance(schema, Mapping):
+            problem = "schema must have a 'type' key."
             raise _fault(
                 context,
-                f"{schema!r} is not of type 'object', 'boolean'."
-                if not isinstance(schema, bool)
-                else "schema must have a 'type' key.",
+                problem if isinstance(schema, bool) else f"{schema!r} is not of type 'object'.",
             )
         self._check_keywords(schema, context)
         if "$ref" in schema:
             others = sorted(schema.keys() - {"$ref"} - (_ROOT_ONLY if not context else frozenset()))
             if others:
-                raise _fault(context, f"$ref cannot have keywords {set(others)!r}.")
+                listed = ", ".join(map(repr, others))
+                raise _fault(context, f"$ref cannot have keywords {{{listed}}}.")
             self._target(schema["$ref"], context)
             return
         if "anyOf" in schema:

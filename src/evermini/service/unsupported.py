@@ -18,7 +18,6 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "prediction": (),
     "prompt_cache_options": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "verbosity": ("medium",),
     "web_search_options": (),
 }

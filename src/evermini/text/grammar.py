@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from evermini.errors import EngineError, InvalidRequestError
-from evermini.text.schema import enforceable
+from evermini.text.schema import Schema, SchemaError, enforceable
 from evermini.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,8 +38,13 @@ _STYLE: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
+    # No \u escapes: half of a surrogate pair is no character, and the rest can be written as itself.
+    "json_allowed_escapes": 'nrbtf\\"',
 }
 """How `json.dumps` writes, which is what models have seen most of."""
+
+_COMPLEMENT_OPTIONS = (64, 8, 1)
+"""How many alternatives a complement may have, tried in turn."""
 
 _LIMITS = LLParserLimits(verbose_errors=False)
 
@@ -110,14 +116,14 @@ class GrammarCompiler:
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
         self._vocabulary: LLTokenizer | None = None
 
-    def json_schema(self, schema: Mapping[str, Any] | bool) -> Grammar:
+    def json_schema(self, schema: Schema) -> Grammar:
         """Return the grammar of the JSON values that ``schema`` accepts.
 
         Raises:
-            InvalidRequestError: The schema is wrong, too complex, or cannot be enforced in full.
+            SchemaError: It is wrong, too complex, or cannot be enforced in full.
         """
-        text = json.dumps(enforceable(schema))
-        return self._compiled(LLMatcher.grammar_from_json_schema(text, overrides=_STYLE))
+        key = json.dumps(schema)
+        return self._cached(key, lambda: self._compile_schema(schema))
 
     def json_object(self) -> Grammar:
         """Return the grammar of all JSON objects."""
@@ -129,7 +135,8 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: The grammar is wrong or too complex.
         """
-        return self._compiled(LLMatcher.grammar_from_lark(text))
+        compile_it = partial(self._compile, LLMatcher.grammar_from_lark(text))
+        return self._cached(f"lark {text}", compile_it)
 
     def regex(self, pattern: str) -> Grammar:
         """Return the grammar of all texts that match ``pattern`` from end to end.
@@ -137,25 +144,41 @@ class GrammarCompiler:
         Raises:
             InvalidRequestError: The pattern is wrong or too complex.
         """
-        return self._compiled(LLMatcher.grammar_from_regex(pattern))
+        compile_it = partial(self._compile, LLMatcher.grammar_from_regex(pattern))
+        return self._cached(f"regex {pattern}", compile_it)
 
-    def _compiled(self, source: str) -> Grammar:
+    def _cached(self, key: str, compile_it: Callable[[], Grammar]) -> Grammar:
         with self._lock:
-            if grammar := self._cache.get(source):
-                self._cache.move_to_end(source)
+            if grammar := self._cache.get(key):
+                self._cache.move_to_end(key)
                 return grammar
-            vocabulary = self._vocabulary
-            if vocabulary is None:
-                vocabulary = self._vocabulary = _vocabulary_of(self._tokenizer)
-        matcher = LLMatcher(vocabulary, source, log_level=0, limits=_LIMITS)
-        if matcher.is_error():
-            raise InvalidRequestError(f"Invalid grammar: {_first_line(matcher.get_error())}")
-        grammar = Grammar(matcher)
+        grammar = compile_it()
         with self._lock:
-            self._cache[source] = grammar
+            self._cache[key] = grammar
             if len(self._cache) > CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
         return grammar
+
+    def _compile_schema(self, schema: Schema) -> Grammar:
+        """Compile a schema, with fewer alternatives for what its parts refuse if it grows too large."""
+        for max_options in _COMPLEMENT_OPTIONS:
+            plain = json.dumps(enforceable(schema, max_options))
+            try:
+                return self._compile(LLMatcher.grammar_from_json_schema(plain, overrides=_STYLE))
+            except InvalidRequestError as error:
+                problem = error.message
+                if "too large" not in problem:
+                    break
+        raise SchemaError((), f"the schema cannot be enforced: {problem}.")
+
+    def _compile(self, source: str) -> Grammar:
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = _vocabulary_of(self._tokenizer)
+        matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise InvalidRequestError(_first_line(matcher.get_error()))
+        return Grammar(matcher)
 
 
 class _Tokens:

@@ -15,8 +15,6 @@ Json = Mapping[str, Any]
 Schema = Json | bool
 
 TYPES = ("null", "boolean", "number", "string", "array", "object")
-MAX_OPTIONS = 64
-"""A longer list of alternatives is cut: what is left is still refused by the schema."""
 MAX_CHARACTERS = 4000
 """An enum with more is not complemented."""
 _MAX_DEPTH = 6
@@ -29,10 +27,12 @@ class Negation:
 
     Args:
         resolve: Returns what a reference means, or ``None``.
+        max_options: Alternatives of one complement at most: fewer are still refused by the schema.
     """
 
-    def __init__(self, resolve: Callable[[object], Schema | None]) -> None:
+    def __init__(self, resolve: Callable[[object], Schema | None], max_options: int) -> None:
         self._resolve = resolve
+        self._max_options = max_options
 
     def negate(self, schema: Schema, depth: int = 0) -> list[Schema]:
         """Return schemas of which each accepts only what ``schema`` refuses; empty if none can be told."""
@@ -46,7 +46,7 @@ class Negation:
         for keyword, value in schema.items():
             if complement := _COMPLEMENTS.get(keyword):
                 found += complement(self, value, schema, depth + 1)
-        return found[:MAX_OPTIONS]
+        return found[: self._max_options]
 
     def are_disjoint(self, one: Schema, other: Schema, depth: int = 0) -> bool:
         """Return whether certainly no value is accepted by both."""
@@ -140,7 +140,7 @@ class Negation:
         if not isinstance(value, list):
             return []
         refused = [self.negate(option, depth) for option in value]
-        combined = itertools.islice(itertools.product(*refused), MAX_OPTIONS)
+        combined = itertools.islice(itertools.product(*refused), self._max_options)
         return [_both(options) for options in combined]
 
     def _all_of(self, value: Any, schema: Json, depth: int) -> list[Schema]:

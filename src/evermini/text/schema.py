@@ -64,19 +64,23 @@ class SchemaError(InvalidRequestError):
         return InvalidRequestError(f"Invalid schema for {subject}: {self.message}", param=param)
 
 
-def enforceable(schema: Schema) -> Schema:
+def enforceable(schema: Schema, max_options: int = 64) -> Schema:
     """Return a schema in enforced keywords alone that accepts nothing which ``schema`` refuses.
+
+    Args:
+        schema: Any JSON schema.
+        max_options: Alternatives that may be written for what a part of it refuses; fewer make it narrower.
 
     Raises:
         SchemaError: There is none, or the schema is malformed or too large.
     """
-    return _Rewriter(schema).rewritten()
+    return _Rewriter(schema, max_options).rewritten()
 
 
 class _Rewriter:
     """Rewrites one schema; each target of a reference once, into ``$defs`` of the result."""
 
-    def __init__(self, root: Schema) -> None:
+    def __init__(self, root: Schema, max_options: int) -> None:
         self._root = root
         self._definitions: dict[str, Any] = {}
         self._names: dict[str, str] = {}
@@ -86,7 +90,7 @@ class _Rewriter:
             draft in dialect for draft in _REF_STANDS_ALONE
         )
         self._anchors = dict(_anchors(root))
-        self._negation = Negation(self._target)
+        self._negation = Negation(self._target, max_options)
 
     def rewritten(self) -> Schema:
         result: Schema = self._rewrite(self._root, ())
@@ -285,7 +289,9 @@ class _Rewriter:
         return [{"anyOf": [first, _NO_ARRAY]}]
 
     def _property_names(self, value: Any, schema: Json, context: Context) -> list[Schema]:
-        allowed = self._target(value["$ref"]) if isinstance(value, dict) and "$ref" in value else value
+        allowed = (
+            self._target(value["$ref"]) if isinstance(value, dict) and "$ref" in value else value
+        )
         if not isinstance(allowed, bool):
             allowed = _object(allowed, context)
         if allowed is True or not allowed:
