@@ -35,6 +35,7 @@ from evermini.service.runtime import ModelInfo, load_tier
 from evermini.service.schemas import parse_chat, parse_completion
 
 if TYPE_CHECKING:
+    from evermini.recall.recall import Recall
     from evermini.service.chat import ChatChoice, ChatDelta
     from evermini.service.completions import TextChoice, TextDelta
     from evermini.service.generation import Usage
@@ -213,6 +214,14 @@ class LLM:
     def native_window(self) -> int:
         """Tokens of prompt and answer that the model itself reads at once; longer prompts go through recall."""
         return self._served.worker.max_model_len
+
+    @property
+    def recall(self) -> Recall | None:
+        """The index that prompts longer than the window are read through; ``None`` if the setting is off.
+
+        An unknown model is calibrated first, which takes a minute or more.
+        """
+        return self._served.reader.recall() if self._served.reader else None
 
     @property
     def weights(self) -> str:

@@ -218,7 +218,7 @@ class ScriptedLLM:
         self.calls += 1
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        text = messages[1]["content"]
+        text = messages[0]["content"]
         city = text.rpartition(" for ")[2].rstrip("?")
         found = text.partition(f"The secret code for {city} is ")[2].partition(".\n")[0].split()
         return _Answer(found[0].rstrip(".") if found else "unknown", words(text))

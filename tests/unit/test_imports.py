@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "storage": {"errors", "config"},
     "service": {"errors", "config", "models", "engine", "recall", "text", "storage"},
     "api": {"errors", "config", "service", "storage"},
-    "llm": {"errors", "config", "models", "service"},
+    "llm": {"errors", "config", "models", "recall", "service"},
     "evals": {"errors", "models", "recall", "service", "llm"},
     "cli": {
         "errors",

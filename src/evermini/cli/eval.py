@@ -41,13 +41,21 @@ Lengths = Annotated[
     str, typer.Option(help="Tokens of a prompt with its answer, such as 8k,32k,1047576.")
 ]
 Systems = Annotated[
-    str, typer.Option(help="Who answers, of: recall, dense, bm25, window.", metavar="LIST")
+    str, typer.Option(help="Who answers, of: auto, recall, dense, bm25, window.", metavar="LIST")
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Texts of each length.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal texts and questions.")]
 Hay = Annotated[str, typer.Option(help="What the texts are made of: prose, essays or code.")]
 Tail = Annotated[
     str, typer.Option(help="Tokens that the system `window` reads: the end of the text.")
+]
+Dense = Annotated[
+    str,
+    typer.Option(
+        help="Tokens that the system `dense` reads at most.",
+        show_default="the model's window",
+        metavar="LENGTH",
+    ),
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
 
@@ -68,6 +76,7 @@ def needle(
     seed: Seed = 0,
     hay: Hay = "prose",
     tail: Tail = "8k",
+    dense: Dense = "1M",
     workers: Workers = 4,
 ) -> None:
     """Hide passages of several kinds at every depth of texts of every length, and ask for each.
@@ -85,7 +94,7 @@ def needle(
         "task": "needle", "lengths": wanted, "kinds": chosen, "depths": depths, "repeats": repeats,
         "seed": seed, "hay": hay,
     }  # fmt: skip
-    with _session(loaded, out, config, systems, tail) as (llm, results):
+    with _session(loaded, out, config, systems, tail, dense) as (llm, results):
         plans = needle_plans(
             _haystacks(data, hay, llm), llm.count_tokens, lengths=wanted, kinds=chosen,
             depths=spread, repeats=repeats, seed=seed,
@@ -113,6 +122,7 @@ def multikey(
     seed: Seed = 0,
     hay: Hay = "prose",
     tail: Tail = "8k",
+    dense: Dense = "1M",
     workers: Workers = 4,
 ) -> None:
     """Hide sentences that differ in a city and its code alone, and ask for each city's code.
@@ -125,7 +135,7 @@ def multikey(
     config = {
         "task": "multikey", "lengths": wanted, "keys": keys, "repeats": repeats, "seed": seed, "hay": hay,
     }  # fmt: skip
-    with _session(loaded, out, config, systems, tail) as (llm, results):
+    with _session(loaded, out, config, systems, tail, dense) as (llm, results):
         plans = multikey_plans(
             _haystacks(data, hay, llm), llm.count_tokens, lengths=wanted, num_keys=keys,
             repeats=repeats, seed=seed,
@@ -136,6 +146,98 @@ def multikey(
             "Look-alikes",
             f'{keys} sentences "The secret code for CITY is WORD-WORD-NN." in {repeats} text(s) of each length, made '
             f"of {hay}; each is asked for.",
+        )
+
+
+@evaluations.command()
+@with_settings(*MODEL_SETTINGS)
+def ruler(
+    loaded: LoadedSettings,
+    data: Data = Path("data"),
+    out: Out = Path("eval-ruler"),
+    lengths: Lengths = "4k,32k,128k",
+    systems: Systems = "dense,auto,recall,bm25",
+    tasks: Annotated[
+        str, typer.Option(help="Which of the thirteen.", show_default="all", metavar="LIST")
+    ] = "",
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each task and length.")] = 5,
+    seed: Seed = 0,
+    hay: Hay = "essays",
+    tail: Tail = "8k",
+    dense: Dense = "8k",
+    workers: Workers = 4,
+) -> None:
+    """Run RULER's thirteen tasks: needles in noise and essays, variables, word counts, questions among documents.
+
+    The texts are our own, sized by the model's tokenizer; the scores are RULER's.
+    """
+    from evermini.evals.corpus import DataFolder
+    from evermini.evals.report import score_table
+    from evermini.evals.ruler import TASKS, WHOLE_TEXT, Ruler
+
+    chosen = [task for task in TASKS if not tasks or task in tasks.split(",")]
+    if unknown := set(filter(None, tasks.split(","))) - set(TASKS):
+        raise InvalidRequestError(f"No task {unknown.pop()!r}. Choose from: {', '.join(TASKS)}.")
+    wanted = parse_lengths(lengths)
+    config = {
+        "task": "ruler", "lengths": wanted, "tasks": chosen, "samples": samples, "seed": seed, "hay": hay,
+    }  # fmt: skip
+    with _session(loaded, out, config, systems, tail, dense) as (llm, results):
+        maker = Ruler(DataFolder(data), _haystacks(data, hay, llm), llm.count_tokens)
+        plans = maker.plans(lengths=wanted, tasks=chosen, samples=samples, seed=seed)
+        _ask(llm, plans, results, workers)
+        means = {
+            "mean of all": chosen,
+            "mean of those that need passages": [t for t in chosen if t not in WHOLE_TEXT],
+        }
+        _report(
+            results,
+            "RULER",
+            f"RULER's tasks, {samples} text(s) of each at each length, one question each. Scores: the share of the "
+            "wanted strings in the answer (qa: whether one of them is).",
+            sections=[score_table(results.rows, "kind", means)],
+            breakdown="kind",
+            with_maps=False,
+        )
+
+
+@evaluations.command()
+@with_settings(*MODEL_SETTINGS)
+def hotpot(
+    loaded: LoadedSettings,
+    data: Data = Path("data"),
+    out: Out = Path("eval-hotpot"),
+    systems: Systems = "recall,bm25",
+    questions: Annotated[int, typer.Option(min=1, help="Questions; ten articles each.")] = 30,
+    seed: Seed = 0,
+    tail: Tail = "8k",
+    dense: Dense = "1M",
+    workers: Workers = 4,
+) -> None:
+    """Ask HotpotQA's questions to all their articles in one prompt; rank the articles, against BM25."""
+    from evermini.evals.corpus import DataFolder
+    from evermini.evals.hotpot import (
+        answer_table,
+        hotpot_plans,
+        make_pool,
+        rank_bm25,
+        rank_recall,
+        ranking_table,
+    )  # fmt: skip
+
+    config = {"task": "hotpot", "questions": questions, "seed": seed}
+    with _session(loaded, out, config, systems, tail, dense) as (llm, results):
+        pool = make_pool(DataFolder(data).hotpot(), questions, seed)
+        _ask(llm, hotpot_plans(pool, llm.count_tokens), results, workers)
+        rankers = {"recall": rank_recall(llm, pool), "bm25": rank_bm25(llm, pool)}
+        ranking, figures = ranking_table(pool, rankers)
+        _report(
+            results,
+            "HotpotQA",
+            f"{questions} questions (distractor setting), their {len(pool.bounds)} articles in one prompt.",
+            sections=[ranking, answer_table(results.rows)],
+            with_maps=False,
+            figures=figures,
         )
 
 
@@ -161,7 +263,7 @@ def parse_lengths(text: str) -> list[int]:
 
 @contextlib.contextmanager
 def _session(
-    loaded: LoadedSettings, out: Path, config: dict[str, Any], systems: str, tail: str
+    loaded: LoadedSettings, out: Path, config: dict[str, Any], systems: str, tail: str, dense: str
 ) -> Iterator[tuple[LLM, Results]]:
     """Yield the loaded model and the results so far; what they depend on is kept in the configuration."""
     from evermini.cli.talk import open_llm
@@ -176,7 +278,11 @@ def _session(
             "weights": llm.weights,
             "precision": settings.precision,
         }
-        rest = {"systems": list(chosen), "tail_tokens": parse_lengths(tail)[0]}
+        rest = {
+            "systems": list(chosen),
+            "tail_tokens": parse_lengths(tail)[0],
+            "dense_tokens": parse_lengths(dense)[0],
+        }
         yield llm, Results(out, config | model | rest)
 
 
@@ -199,6 +305,7 @@ def _ask(llm: LLM, plans: Iterable[CasePlan], results: Results, workers: int) ->
             results,
             systems=results.config["systems"],
             tail_tokens=results.config["tail_tokens"],
+            dense_tokens=results.config["dense_tokens"],
             workers=workers,
             progress=_say,
             reading=reading if sys.stderr.isatty() else None,

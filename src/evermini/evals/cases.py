@@ -69,9 +69,6 @@ class CasePlan:
     build: Callable[[], Case]
 
 
-SYSTEM = "Answer from the text that you are given. Write the answer alone: no explanation, no whole sentence."
-"""System message of every prompt."""
-
 INSTRUCTION = "Read this text. A question about it follows at its end."
 """First paragraph of most prompts."""
 

@@ -149,6 +149,11 @@ class Haystacks:
                 sections.append(section)
         return sections
 
+    def paragraphs(self, least: int, most: int) -> list[str]:
+        """Return all paragraphs of ``least`` to ``most`` characters, each once."""
+        whole = (text for section in self._sections for text in section)
+        return [text for text in whole if least <= len(text) <= most]
+
     def fill(self, seed: int, num_tokens: int, hidden: Sequence[Hidden] = ()) -> Filled:
         """Return a text of at most ``num_tokens`` tokens, and hardly fewer, with passages hidden in it.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar
 
-from evermini.evals.cases import INSTRUCTION, SYSTEM, Case, CasePlan, Question, user_message
+from evermini.evals.cases import INSTRUCTION, Case, CasePlan, Question, user_message
 from evermini.evals.corpus import CountTokens, Haystacks, Hidden
 
 T = TypeVar("T")
@@ -279,9 +279,7 @@ def make_case(
     Raises:
         InvalidRequestError: The passages do not fit, or there is not enough text.
     """
-    around = max(
-        count(SYSTEM + user_message(instruction, "", q.text)) + q.max_tokens for q in questions
-    )
+    around = max(count(user_message(instruction, "", q.text)) + q.max_tokens for q in questions)
     filled = hay.fill(seed, length - around - TEMPLATE_TOKENS, hidden)
     for passage in hidden:
         assert filled.text.count(passage.text) == 1, passage

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def write_report(
     sections: Sequence[str] = (),
     breakdown: str | None = "kind",
     with_maps: bool = True,
+    figures: Row | None = None,
 ) -> Path:
     """Write ``report.md``, ``report.json`` and the heat maps beside the results; return the first one's path.
 
@@ -32,6 +33,7 @@ def write_report(
         sections: More Markdown, put before the tables.
         breakdown: Label that recall's results are also shown by.
         with_maps: Draw depth against length.
+        figures: More figures for ``report.json``.
     """
     rows = results.rows
     parts = [f"# {title}", intro, *sections, summary_table(rows)]
@@ -46,7 +48,7 @@ def write_report(
         "## How it was run",
         "\n".join(f"- {key}: {value}" for key, value in (results.config | facts).items()),
     ]
-    report = {"config": results.config, "machine": facts, "rows": rows}
+    report = {"config": results.config, "machine": facts, "figures": figures or {}, "rows": rows}
     (results.folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=1))
     path = results.folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n")
@@ -75,6 +77,38 @@ def summary_table(rows: Sequence[Row]) -> str:
         ],
         [[f"{length:,}", system, *figures(found)] for (length, system), found in groups],
     )
+
+
+def score_table(rows: Sequence[Row], label: str, means: Mapping[str, Sequence[str]]) -> str:
+    """Return mean scores by a label (a line each) for every length and system (a column each).
+
+    Args:
+        rows: Results.
+        label: What the lines are.
+        means: More lines: a name, and the labels that it is the mean of.
+    """
+    columns = sorted({(row["length"], row["system"]) for row in rows})
+    names = list(dict.fromkeys(str(row[label]) for row in rows))
+
+    def score(name: str, column: tuple[int, str]) -> float | None:
+        found = [
+            r["score"] for r in rows if (r["length"], r["system"]) == column and r[label] == name
+        ]
+        return statistics.mean(found) if found else None
+
+    lines = [[name, *(_share(score(name, column)) for column in columns)] for name in names]
+    for title, members in means.items():
+        cells = [title]
+        for column in columns:
+            scores = [score(name, column) for name in members]
+            whole = [value for value in scores if value is not None]
+            cells.append(_share(statistics.mean(whole) if len(whole) == len(scores) else None))
+        lines.append(cells)
+    return table([label, *(f"{_short(n)} {system}" for n, system in columns)], lines)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else percent(value)
 
 
 def breakdown_table(rows: Sequence[Row], label: str) -> str:

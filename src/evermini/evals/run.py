@@ -27,7 +27,7 @@ from evermini import __version__
 from evermini.errors import InvalidRequestError
 from evermini.evals.cases import Case, CasePlan, Question
 from evermini.evals.score import score
-from evermini.evals.systems import Reply, SystemName, open_system
+from evermini.evals.systems import Reply, System, SystemName, open_system
 
 if TYPE_CHECKING:
     from evermini.llm import LLM
@@ -126,6 +126,7 @@ def run_cases(
     *,
     systems: Sequence[SystemName],
     tail_tokens: int,
+    dense_tokens: int | None = None,
     workers: int = 4,
     progress: Callable[[Step], None] = lambda step: None,
     reading: OnProgress | None = None,
@@ -138,6 +139,7 @@ def run_cases(
         results: Where answers are kept.
         systems: Who answers.
         tail_tokens: What the system ``window`` reads.
+        dense_tokens: What the system ``dense`` reads at most; default: the model's window.
         workers: Questions at a time, once the text is read.
         progress: Told after each answer.
         reading: Told how the first reading of a text goes.
@@ -146,28 +148,32 @@ def run_cases(
         if results.is_finished(plan.id):
             continue
         case = plan.build()
-        for system in systems:
-            _run_system(llm, plan, case, results, system, tail_tokens, workers, progress, reading)
+        for name in systems:
+            if all(results.has(plan.id, name, question.id) for question in case.questions):
+                continue
+            system = open_system(
+                name,
+                llm,
+                case,
+                tail_tokens=tail_tokens,
+                dense_tokens=dense_tokens,
+                progress=reading,
+            )
+            if system is not None:
+                _ask_all(system, name, plan, case, results, workers, progress)
         results.finish(plan.id)
 
 
-def _run_system(
-    llm: LLM,
+def _ask_all(
+    system: System,
+    name: SystemName,
     plan: CasePlan,
     case: Case,
     results: Results,
-    name: SystemName,
-    tail_tokens: int,
     workers: int,
     progress: Callable[[Step], None],
-    reading: OnProgress | None,
 ) -> None:
     missing = [q for q in case.questions if not results.has(plan.id, name, q.id)]
-    if not missing:
-        return
-    system = open_system(name, llm, case, tail_tokens=tail_tokens, progress=reading)
-    if system is None:
-        return
 
     def keep(question: Question, reply: Reply, is_first: bool) -> None:
         row = {

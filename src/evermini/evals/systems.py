@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from evermini.errors import ConfigError, InvalidRequestError
-from evermini.evals.cases import SYSTEM, Case, Question, user_message
+from evermini.evals.cases import Case, Question, user_message
 from evermini.recall.prompt import Span, excerpts
 from evermini.recall.segment import cut
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from evermini.llm import LLM
     from evermini.service.reading import OnProgress
 
-SystemName = Literal["recall", "dense", "bm25", "window"]
-SYSTEMS: tuple[SystemName, ...] = ("recall", "dense", "bm25", "window")
+SystemName = Literal["auto", "recall", "dense", "bm25", "window"]
+SYSTEMS: tuple[SystemName, ...] = ("auto", "recall", "dense", "bm25", "window")
 
 BUDGET_TOKENS = 2048
 """Tokens of passages that BM25 takes: recall's own most."""
@@ -60,7 +60,13 @@ class System(Protocol):
 
 
 def open_system(
-    name: SystemName, llm: LLM, case: Case, *, tail_tokens: int, progress: OnProgress | None = None
+    name: SystemName,
+    llm: LLM,
+    case: Case,
+    *,
+    tail_tokens: int,
+    dense_tokens: int | None = None,
+    progress: OnProgress | None = None,
 ) -> System | None:
     """Return a system ready for a case, or ``None`` if the case does not fit it.
 
@@ -69,13 +75,15 @@ def open_system(
         llm: The model that answers.
         case: The text and its questions.
         tail_tokens: What ``window`` reads.
+        dense_tokens: What ``dense`` reads at most; default: the model's window. It takes long.
         progress: Told how recall's first reading goes.
     """
     window = llm.native_window
-    if name == "recall":
-        return _Whole(llm, case, "recall", progress)
+    if name in ("auto", "recall"):
+        return _Whole(llm, case, name, progress)
     if name == "dense":
-        return _Whole(llm, case, "dense", None) if case.room <= window else None
+        most = window if dense_tokens is None else min(dense_tokens, window)
+        return _Whole(llm, case, name, None) if case.room <= most else None
     if name == "window":
         tail = min(tail_tokens, window)
         if case.room <= tail:
@@ -88,7 +96,7 @@ class _Whole:
     """Sends the whole text."""
 
     def __init__(
-        self, llm: LLM, case: Case, reading: Literal["recall", "dense"], progress: OnProgress | None
+        self, llm: LLM, case: Case, reading: SystemName, progress: OnProgress | None
     ) -> None:
         self._llm, self._case, self._reading, self._progress = llm, case, reading, progress
 
@@ -118,7 +126,7 @@ def _ask(
     llm: LLM, content: str, question: Question, reading: str, progress: OnProgress | None
 ) -> Reply:
     answer = llm.chat(
-        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+        [{"role": "user", "content": content}],
         temperature=0,
         max_completion_tokens=question.max_tokens,
         x_evermini={"reading": reading},

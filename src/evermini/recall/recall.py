@@ -325,6 +325,30 @@ class Recall:
             scan_seconds=scan_seconds,
         )
 
+    def rank(self, segments: Sequence[Segment], question: str) -> list[Span]:
+        """Return every block of a context with its score in the first round, the best first; for evaluations.
+
+        Args:
+            segments: The context, in order; what is missing is ingested first.
+            question: What is asked, in plain text.
+        """
+        _, by_digest = self._ingest(segments, None, lambda: False)
+        opened = [by_digest[segment.digest] for segment in segments]
+        scan = ContextScan(self.calibration, opened)
+        if self._null is None:
+            self._null = self.queries(self._tokenizer.encode(NULL_QUESTION))
+        scores = smooth(scan.score(self.queries(self._tokenizer.encode(question)), self._null))
+        spans: list[Span] = []
+        for block in scores.argsort(descending=True).tolist():
+            number, start = scan.block_place(block)
+            end = min(start + BLOCK, len(opened[number].ids))
+            spans.append(
+                self._place(
+                    segments, opened, TokenSpan(number, start, end, float(scores[block]), 1)
+                )
+            )
+        return spans
+
     def queries(self, ids: Sequence[int]) -> list[Tensor]:
         """Return each pair's queries (heads, len(ids), head_dim) for a text that stands alone."""
         calibration = self.calibration

@@ -151,7 +151,7 @@ class LongReader:
         left = threading.Event()
 
         def work() -> int:
-            done = self._open().ingest(
+            done = self.recall().ingest(
                 segments,
                 progress=progress,
                 cancelled=lambda: left.is_set() or self._closed.is_set(),
@@ -172,7 +172,7 @@ class LongReader:
     def _recall_for(self, request: ChatRequest, plan: Plan) -> Recalled:
         """Find what the question needs and write the prompt."""
         policy = Policy(max_tokens=min(Policy().max_tokens, plan.budget * 2 // 3))
-        selection = self._open().ask(plan.segments, plan.question, policy)
+        selection = self.recall().ask(plan.segments, plan.question, policy)
         readings, included = self.assembler.excerpts(plan, selection.spans)
         return Recalled(
             prompt=self.assembler.encode(request, plan.parts, readings),
@@ -190,7 +190,7 @@ class LongReader:
         indexed = self._recall.store.open(digest) if self._recall else None
         return len(indexed.ids) if indexed else None
 
-    def _open(self) -> Recall:
+    def recall(self) -> Recall:
         """Return recall; an unknown model is calibrated first, which takes a minute or more."""
         with self._opening:
             if self._recall is None:
