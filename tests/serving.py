@@ -33,13 +33,13 @@ def serving(
 ) -> Iterator[str]:
     """Serve ``runtime`` and yield the server's root URL; the runtime stays open.
 
-    Without a database given, answers are stored in one that goes with the server.
+    Without settings or a database given, what is stored goes with the server.
     """
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evermini-test-")))
         if database is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="evermini-test-"))
-            database = stack.enter_context(Database.open(Settings(home=Path(folder))))
-        yield from _serve(create_app(runtime, database, settings or Settings()))
+            database = stack.enter_context(Database.open(Settings(home=folder)))
+        yield from _serve(create_app(runtime, database, settings or Settings(home=folder)))
 
 
 def _serve(app: FastAPI) -> Iterator[str]:

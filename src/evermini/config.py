@@ -223,6 +223,14 @@ class Settings:
         metavar="URL",
         secret=True,
     )
+    blob_url: str | None = _setting(
+        None,
+        "Where the bytes of files are kept: a folder, or `s3://BUCKET/PREFIX` (extra `s3`; credentials as for the AWS "
+        "tools). Servers that share a database share this, too.",
+        group="Server",
+        shown="the folder `blobs` in the home folder",
+        metavar="URL",
+    )
     max_request_bytes: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
         64 * 1024**2,
         "Largest request body that is read.",

@@ -9,9 +9,11 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   │   ├── UnsupportedParameterError   400 code unsupported_parameter
     │   │   └── ContextLengthError      400 code context_length_exceeded
     │   ├── AuthenticationError         401 code invalid_api_key
+    │   ├── PermissionDeniedError       403
     │   ├── NotFoundError               404
     │   │   └── ModelNotFoundError      404 code model_not_found
     │   ├── RequestTooLargeError        413
+    │   ├── RangeError                  416
     │   ├── UnsupportedMediaTypeError   415
     │   └── OverloadedError             429 code rate_limit_exceeded
     ├── EngineError                     500: a step failed; the request is lost, the server lives
@@ -27,7 +29,8 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   └── DiskSpaceError
     ├── UpstreamError                   502: another server that was asked does not answer, or refuses
     ├── RecallDiskError                 the index of a long context does not fit under its disk cap
-    ├── StorageError                    503: the database cannot be used
+    ├── StorageError                    503: the database or the storage of files cannot be used
+    │   └── InsufficientStorageError    507: the disk is full
     └── ConfigError                     a setting that cannot be honoured
 """
 
@@ -97,6 +100,12 @@ class AuthenticationError(RequestError):
     default_code = "invalid_api_key"
 
 
+class PermissionDeniedError(RequestError):
+    """The caller is known, or need not be, and may not do this."""
+
+    status = 403
+
+
 class NotFoundError(RequestError):
     """The named object does not exist."""
 
@@ -113,6 +122,12 @@ class RequestTooLargeError(RequestError):
     """The request body is larger than the server accepts."""
 
     status = 413
+
+
+class RangeError(RequestError):
+    """The wanted range of bytes lies beyond the end."""
+
+    status = 416
 
 
 class UnsupportedMediaTypeError(RequestError):
@@ -186,9 +201,15 @@ class RecallDiskError(EverminiError):
 
 
 class StorageError(EverminiError):
-    """The database cannot be reached or written, or is another version's."""
+    """The database or the storage of files cannot be reached or written, or is another version's."""
 
     status = 503
+
+
+class InsufficientStorageError(StorageError):
+    """There is no room on the disk; the same request will fail until somebody makes some."""
+
+    status = 507
 
 
 class ConfigError(EverminiError):

@@ -26,6 +26,7 @@ from evermini.storage import migrate as migrate_module
 from evermini.storage.chats import ChatStore
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database, database_url
+from evermini.storage.files import FileStore, StoredFile
 from evermini.storage.responses import Addition, Lease, ResponseStore, StoredResponse
 from evermini.storage.schema import Base, Cursor
 from tests.databases import postgres_server
@@ -415,3 +416,15 @@ def newer_scripts(folder: Path, change: str) -> Path:
         f"def upgrade():\n    {change}\n"
     )
     return scripts
+
+
+class TestFiles:
+    def test_a_file_counts_only_until_it_expires(self, database: Database) -> None:
+        files = FileStore(database)
+        files.add(StoredFile("file-1", "a.txt", "user_data", 5, 100, 200))
+        assert files.get("file-1", 199.9) == StoredFile("file-1", "a.txt", "user_data", 5, 100, 200)
+        assert files.get("file-1", 200) is None
+        assert files.delete("file-1", 200) is None
+        assert files.total_bytes() == 5
+        files.delete_expired(200)
+        assert files.total_bytes() == 0

@@ -14,10 +14,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from evermini import __version__
-from evermini.api import chat, completions, errors, models, monitoring, stored_chats
+from evermini.api import chat, completions, errors, files, models, monitoring, stored_chats
 from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
 from evermini.config import Settings
+from evermini.service.files import FileService
 from evermini.service.runtime import Runtime
+from evermini.storage.blobs import BlobStore
 from evermini.storage.database import Database
 
 
@@ -27,7 +29,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     Args:
         runtime: The loaded models; not closed by the application.
         database: Where answers are stored; not closed either.
-        settings: Keys, origins and the body limit.
+        settings: Keys, origins, limits, and where files are stored.
     """
     middleware = [Middleware(RequestContext, metrics=runtime.metrics)]
     if settings.cors_origins:
@@ -42,7 +44,9 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         )
     if settings.api_keys:
         middleware.append(Middleware(Authentication, keys=settings.api_keys))
-    middleware.append(Middleware(BodyLimit, limit=settings.max_request_bytes))
+    middleware.append(
+        Middleware(BodyLimit, limit=settings.max_request_bytes, by_path=files.BODY_LIMITS)
+    )
     app = FastAPI(
         title="Evermini",
         version=__version__,
@@ -51,8 +55,10 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         openapi_url=None,  # the contract is OpenAI's; their description of it is the reference
     )
     app.state.runtime = runtime
+    app.state.settings = settings
     app.state.database = database
-    for module in (chat, stored_chats, completions, models, monitoring):
+    app.state.files = FileService(database, BlobStore.open(settings))
+    for module in (chat, stored_chats, completions, files, models, monitoring):
         app.include_router(module.router)
     errors.install(app)
     return app

@@ -17,6 +17,7 @@ from evermini.errors import (
     EngineError,
     EngineStoppedError,
     EverminiError,
+    InsufficientStorageError,
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
@@ -56,10 +57,13 @@ def public(error: Exception) -> EverminiError:
     """
     if isinstance(error, RequestError | EngineStoppedError):
         return error
+    if isinstance(error, InsufficientStorageError):
+        log.error("storage_full", error=error.message)
+        return error
     if isinstance(error, StorageError):
         log.error("storage_error", error=error.message)
         return StorageError(
-            "The server's database cannot be used at the moment, so nothing was stored. Send the request again; if "
+            "The server's storage cannot be used at the moment, so nothing was stored. Send the request again; if "
             "that fails too, the server's log tells the cause under this request's id."
         )
     if isinstance(error, EngineError):
@@ -80,7 +84,9 @@ def error_response(error: Exception) -> JsonResponse:
     """Return the response for any exception."""
     shown = public(error)
     headers = {}
-    if isinstance(shown, OverloadedError | EngineStoppedError | StorageError):
+    if isinstance(shown, InsufficientStorageError):
+        headers["x-should-retry"] = "false"  # clients would send it again at once, all of it
+    elif isinstance(shown, OverloadedError | EngineStoppedError | StorageError):
         headers["retry-after"] = str(RETRY_SECONDS)
     elif isinstance(shown, AuthenticationError):
         headers["www-authenticate"] = "Bearer"

@@ -13,12 +13,16 @@ from evermini.storage.schema import Cursor, Order
 MAX_LIMIT = 100
 
 
-def read_cursor(request: Request, *, order: Order) -> Cursor:
+def read_cursor(
+    request: Request, *, order: Order, limit: int = 20, max_limit: int = MAX_LIMIT
+) -> Cursor:
     """Return which page the query asks for.
 
     Args:
         request: The HTTP request.
         order: The endpoint's default order.
+        limit: The length of a page if the query names none.
+        max_limit: The longest page.
 
     Raises:
         InvalidRequestError: ``limit`` or ``order`` is not one that the contract knows.
@@ -31,22 +35,22 @@ def read_cursor(request: Request, *, order: Order) -> Cursor:
             param="order",
             code="invalid_value",
         )
-    limit = query.get("limit", "20")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 10):
+    given = query.get("limit", str(limit))
+    if not (given.isascii() and given.isdigit() and len(given) < 10):
         raise InvalidRequestError(
-            f"Invalid type for 'limit': expected an integer, but got '{limit[:40]}' instead.",
+            f"Invalid type for 'limit': expected an integer, but got '{given[:40]}' instead.",
             param="limit",
             code="invalid_type",
         )
-    if not 1 <= int(limit) <= MAX_LIMIT:
-        above = int(limit) > MAX_LIMIT
+    if not 1 <= int(given) <= max_limit:
+        above = int(given) > max_limit
         raise InvalidRequestError(
             f"Invalid 'limit': integer {'above maximum' if above else 'below minimum'} value. Expected a value "
-            f"{f'<= {MAX_LIMIT}' if above else '>= 1'}, but got {int(limit)} instead.",
+            f"{f'<= {max_limit}' if above else '>= 1'}, but got {int(given)} instead.",
             param="limit",
             code=f"integer_{'above_max' if above else 'below_min'}_value",
         )
-    return Cursor(query.get("after") or None, int(limit), "desc" if wanted == "desc" else "asc")
+    return Cursor(query.get("after") or None, int(given), "desc" if wanted == "desc" else "asc")
 
 
 def list_object(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:

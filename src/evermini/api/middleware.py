@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import time
 import uuid
 from collections.abc import Sequence
@@ -128,20 +129,32 @@ class Authentication:
 
 
 class BodyLimit:
-    """Refuses bodies beyond ``limit`` bytes, by Content-Length at once, without one when the limit is passed."""
+    """Refuses bodies beyond a limit in bytes, by Content-Length at once, without one when the limit is passed.
 
-    def __init__(self, app: ASGIApp, *, limit: int) -> None:
+    Args:
+        app: What is protected.
+        limit: For most paths.
+        by_path: Limits of paths that match, in full, a pattern.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, limit: int, by_path: Sequence[tuple[re.Pattern[str], int]] = ()
+    ) -> None:
         self._app = app
         self._limit = limit
+        self._by_path = by_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a counted body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path: str = scope["path"]
+        matching = [limit for pattern, limit in self._by_path if pattern.fullmatch(path)]
+        limit = matching[0] if matching else self._limit
         declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared) > self._limit:
-            await self._refuse(scope, receive, send)
+        if declared.isdigit() and int(declared) > limit:
+            await self._refuse(limit, scope, receive, send)
             return
         num_bytes = 0
         passed = False
@@ -150,7 +163,7 @@ class BodyLimit:
             nonlocal num_bytes, passed
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._limit:
+            if num_bytes > limit:
                 passed = True
                 raise _LimitPassed
             return message
@@ -158,12 +171,12 @@ class BodyLimit:
         try:
             await self._app(scope, counted, send)
         except _LimitPassed:
-            await self._refuse(scope, receive, send)
+            await self._refuse(limit, scope, receive, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, limit: int, scope: Scope, receive: Receive, send: Send) -> None:
         error = RequestTooLargeError(
-            f"The request body is larger than the {self._limit} bytes that this server reads. Send less, or ask its "
-            "operator to raise max_request_bytes."
+            f"The request body is larger than the {limit} bytes that this server reads here. Send less, send files in "
+            "parts (POST /v1/uploads), or ask the server's operator to raise max_request_bytes."
         )
         if "expect" not in Headers(scope=scope):  # who expects 100-continue has not begun to send
             await _discard(receive)

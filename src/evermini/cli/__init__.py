@@ -24,6 +24,7 @@ from evermini.cli.eval import evaluations
 from evermini.cli.pull import models, pull, rm
 from evermini.cli.recall import calibrate, contexts, ingest
 from evermini.cli.serve import serve
+from evermini.cli.storage import gc
 from evermini.errors import ConfigError, EverminiError
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, ask, ingest, calibrate, pull, models, rm, doctor, config):
+for command in (serve, chat, ask, ingest, calibrate, pull, models, rm, gc, doctor, config):
     app.command()(command)
 app.add_typer(contexts, name="contexts")
 app.add_typer(evaluations, name="eval")

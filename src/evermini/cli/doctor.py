@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,7 @@ class Problem:
     remedy: str
 
 
-@with_settings("home", "device")
+@with_settings("home", "device", "database_url", "blob_url")
 def doctor(
     loaded: LoadedSettings,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -75,6 +76,7 @@ def examine(settings: Settings) -> dict[str, Any]:
     report["torch"] = machine.torch_version()
     report["native_kernels"] = _native_kernels(problems)
     report["home"] = _home(settings, problems)
+    report["storage"] = _storage(settings, problems)
     use_gpu = bool(gpus) and settings.device != "cpu"
     report["tiers"] = _tiers(settings, memory, gpus if use_gpu else [])
     if settings.device.startswith("cuda") and not gpus:
@@ -109,6 +111,33 @@ def _native_kernels(problems: list[Problem]) -> dict[str, Any]:
             )
         )
     return {"available": reason is None, "reason": reason}
+
+
+def _storage(settings: Settings, problems: list[Problem]) -> dict[str, Any]:
+    from evermini.errors import EverminiError
+    from evermini.storage.blobs import BlobStore
+    from evermini.storage.database import Database
+
+    checks: dict[str, Callable[[], object]] = {
+        "database": lambda: Database.open(settings).close(),
+        "files": lambda: BlobStore.open(settings).check(),
+    }
+    report: dict[str, Any] = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except EverminiError as error:
+            report[name] = error.message
+            problems.append(
+                Problem(
+                    True,
+                    f"working storage of {name}: {error.message}",
+                    "see database_url, blob_url",
+                )
+            )
+        else:
+            report[name] = None
+    return report
 
 
 def _home(settings: Settings, problems: list[Problem]) -> dict[str, Any]:
