@@ -262,6 +262,12 @@ class Settings:
     max_num_seqs: Annotated[int, Gt(0)] = _setting(
         64, "Sequences that run at the same time.", group="Engine", metavar="N"
     )
+    speculation: Literal["auto", "off"] = _setting(
+        "auto",
+        "Guess tokens from the prompt or a prediction and verify several in one step where that saves time; the "
+        "output is the same.",
+        group="Engine",
+    )
     max_waiting: Annotated[int, Ge(0)] = _setting(
         1024,
         "Requests that may wait for a place; more are refused with 429.",

@@ -155,7 +155,6 @@ def test_missing_fields(base_url: str) -> None:
     ("change", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
         ({"audio": {"voice": "x", "format": "wav"}}, "audio"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"web_search_options": {}}, "web_search_options"),

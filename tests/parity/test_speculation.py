@@ -16,7 +16,8 @@ import torch
 
 from evermini.engine import speculation
 from evermini.engine.engine import Engine
-from evermini.engine.request import PredictionUse, SamplingParams
+from evermini.engine.request import SamplingParams
+from evermini.errors import ContextLengthError, InvalidRequestError
 from evermini.models.batch import BLOCK_SIZE
 from evermini.models.checkpoint import open_checkpoint
 from evermini.models.load import load_model
@@ -305,33 +306,39 @@ def test_sampled_tokens_have_the_models_distribution(eager):
     assert statistic < limit
 
 
-def test_what_became_of_the_prediction():
+@pytest.mark.parametrize("speculation", [True, False])
+def test_what_became_of_the_prediction(speculation):
+    """It depends on the output alone, not on what was drafted."""
     prompt = some_tokens(45)
     answer = greedy_oracle(TinyModel(), prompt, NUM_TOKENS)
 
-    def use(prediction: list[int], **changes) -> PredictionUse:
+    def accepted(prediction: list[int]) -> int:
         params = SamplingParams(
-            max_tokens=NUM_TOKENS, temperature=0.0, prediction=tuple(prediction), **changes
+            max_tokens=NUM_TOKENS, temperature=0.0, prediction=tuple(prediction)
         )
-        return run(make_engine(), prompt, params).outputs[-1].prediction
+        outcome = run(make_engine(speculation=speculation), prompt, params)
+        return sum(output.is_predicted for output in outcome.outputs)
 
-    assert use(answer) == PredictionUse(NUM_TOKENS, 0)
-    assert use(answer[:20]) == PredictionUse(20, 0)
-    edited = use([*answer[:30], (answer[30] + 1) % 97, *answer[31:]])
-    assert edited.accepted == NUM_TOKENS - 1
-    assert 1 <= edited.rejected <= speculation.MAX_DRAFT
-    useless = use(some_tokens(70, 9))
-    assert useless.accepted < 5
-    assert 0 < useless.accepted + useless.rejected <= 70
-    assert use(answer).accepted + use(answer).rejected <= len(answer)
+    assert accepted(answer) == NUM_TOKENS
+    assert accepted(answer[:20]) == 20
+    assert accepted([*answer[:30], (answer[30] + 1) % 97, *answer[31:]]) == NUM_TOKENS - 1
+    assert accepted(some_tokens(70, 9)) < 5
+    assert accepted([]) == 0
 
 
 def test_switched_off_nothing_is_drafted():
-    prompt = [1, 2] * 30
     engine = make_engine(speculation=False)
-    outcome = run(engine, prompt, SamplingParams(max_tokens=20, prediction=(1, 2, 3)))
+    run(engine, [1, 2] * 30, SamplingParams(max_tokens=20, prediction=(1, 2, 3)))
     assert engine.stats().drafted_tokens == 0
-    assert outcome.outputs[-1].prediction is None
+    assert engine.stats().steps == 20
+
+
+def test_a_prediction_longer_than_the_window_is_refused():
+    engine = make_engine(num_blocks=3)
+    with pytest.raises(ContextLengthError, match="your prediction resulted in 97 tokens"):
+        engine.add("a", [1], SamplingParams(prediction=(1,) * 97))
+    with pytest.raises(InvalidRequestError, match="prediction has a token id outside"):
+        engine.add("a", [1], SamplingParams(prediction=(97,)))
 
 
 # The same with real weights, bit for bit.

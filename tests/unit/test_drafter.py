@@ -18,7 +18,6 @@ def write(drafter: Drafter, tokens: list[int], output: list[int]) -> int:
     while written < len(output):
         draft = drafter.propose(MAX_DRAFT, 0.1)
         size = plan([draft], 1, 100)[0]
-        drafter.verifying(size)
         steps += 1
         for guess in [*draft.token_ids[:size], None]:
             tokens.append(output[written])
@@ -81,12 +80,9 @@ def test_guesses_that_fail_become_rare_and_come_back():
     assert write(drafter, tokens, noise) < 120
 
 
-def test_the_counts_of_a_prediction():
-    tokens = list(PROMPT)
-    drafter = Drafter(tokens, FILE)
-    write(drafter, tokens, EDITS["removed"])
-    assert drafter.num_appeared == 260
-    assert 0 < drafter.num_rejected <= 40
+def test_nothing_is_guessed_beyond_an_end():
+    drafter = Drafter([1, 2], [3, 4, 5, 6, 7], end_ids=frozenset({6}))
+    assert list(drafter.propose(MAX_DRAFT, 0.0).token_ids) == [3, 4, 5]
 
 
 def draft(*chances: float) -> Draft:

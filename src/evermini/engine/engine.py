@@ -26,7 +26,6 @@ from evermini.engine.request import (
     Event,
     Finished,
     FinishReason,
-    PredictionUse,
     PromptDone,
     SamplingParams,
 )
@@ -108,7 +107,10 @@ class Engine:
         self._speculation = speculation
         self._blocks = BlockManager(num_blocks, prefix_caching=prefix_caching)
         self._scheduler = Scheduler(
-            self._blocks, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
+            self._blocks,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            speculation=speculation,
         )
         self._kv = model.new_kv_cache(num_blocks)
         self.max_unfinished = max_num_seqs + max_waiting
@@ -154,6 +156,12 @@ class Engine:
         if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
             raise InvalidRequestError(
                 f"The prompt has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer."
+            )
+        if len(params.prediction) > window:
+            raise ContextLengthError(
+                f"This model's maximum context length is {window} tokens. However, your prediction resulted in "
+                f"{len(params.prediction)} tokens. Please reduce its length.",
+                param="prediction",
             )
         if params.prediction and not (
             min(params.prediction) >= 0 and max(params.prediction) < vocab_size
@@ -215,7 +223,7 @@ class Engine:
             chain=PrefixChain(cache_salt),
             constraint=None if params.constraint is None else params.constraint.start(),
             drafter=Drafter(token_ids, params.prediction, params.stop_token_ids)
-            if self._speculation
+            if self._speculation or params.prediction
             else None,
         )
         self._num_added += 1
@@ -377,9 +385,7 @@ class Engine:
         drafter, constraint = sequence.drafter, sequence.constraint
         if sequence.num_generated == params.max_tokens:  # the prompt alone was asked for
             return "length"
-        if drafter is not None and chunk.draft:
-            drafter.verifying(len(chunk.draft))
-            self._drafted_tokens += len(chunk.draft)
+        self._drafted_tokens += len(chunk.draft)
         mask = masks.of(sequence)
         for row, guess in zip(logits[-1 - len(chunk.draft) :], (*chunk.draft, None), strict=True):
             output = sequence.sampler.draw(row.numpy(), mask)
@@ -390,10 +396,7 @@ class Engine:
             sequence.token_ids.append(output.token_id)
             self._generated_tokens += 1
             if drafter is not None:
-                drafter.observe()
-                if params.prediction:
-                    use = PredictionUse(drafter.num_appeared, drafter.num_rejected)
-                    output = replace(output, prediction=use)
+                output = replace(output, is_predicted=drafter.observe())
             self._events.append((sequence.request_id, output))
             is_right = output.token_id == guess
             if is_right:

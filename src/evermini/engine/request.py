@@ -60,25 +60,12 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
-class PredictionUse:
-    """What became of a request's prediction so far.
-
-    Attributes:
-        accepted: Its tokens that appeared in the output.
-        rejected: Its tokens that were computed in vain and have not appeared.
-    """
-
-    accepted: int
-    rejected: int
-
-
-@dataclass(frozen=True)
 class TokenOutput:
-    """One generated token; ``prediction`` is there if the request has one."""
+    """One generated token; ``is_predicted``: a further token of the request's prediction appeared with it."""
 
     token_id: int
     logprob: TokenLogprob | None = None
-    prediction: PredictionUse | None = None
+    is_predicted: bool = False
 
 
 @dataclass(frozen=True)

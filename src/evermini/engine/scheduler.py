@@ -63,9 +63,17 @@ class Scheduler:
         blocks: KV memory; the scheduler opens, grows and frees accounts under the request's id.
         max_batch_tokens: Tokens per step; more than ``max_num_seqs``, so that prompts advance beside decodes.
         max_num_seqs: Requests running at once.
+        speculation: Make drafts.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        speculation: bool = True,
+    ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
         if max_batch_tokens <= max_num_seqs:
@@ -76,6 +84,7 @@ class Scheduler:
         self._blocks = blocks
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
+        self._speculation = speculation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -98,7 +107,8 @@ class Scheduler:
         The caller computes them all, or removes their requests, before the next call.
         """
         chunks = self._schedule_decodes()
-        chunks = self._add_drafts(chunks)
+        if self._speculation:
+            chunks = self._add_drafts(chunks)
         budget = self._max_batch_tokens - sum(chunk.context - chunk.start for chunk in chunks)
         if chunks:
             budget = min(budget, max(BLOCK_SIZE, self._max_batch_tokens // 4))

@@ -129,10 +129,6 @@ class Drafter:
         token_ids: The request's tokens, prompt first; the caller appends to it and tells `observe`.
         prediction: What the request's sender expects as output; may be empty.
         end_ids: Tokens that end the output, so nothing is guessed from them on.
-
-    Attributes:
-        num_appeared: Tokens of the prediction that appeared in the output.
-        num_rejected: Tokens of the prediction that were verified in a draft and have not appeared.
     """
 
     def __init__(
@@ -145,13 +141,11 @@ class Drafter:
         self._end_ids = end_ids
         self._own = _Source(token_ids)
         self._prediction = _Source(prediction)
-        self._status = bytearray(len(prediction))  # per token: 1 was verified, 2 has appeared
+        self._has_appeared = bytearray(len(prediction))
         self._anchor = 0  # one past the last token of the prediction that appeared
         # The next token is guessed to be the source's at `_at`, after `_matched` equal tokens.
         self._source = self._prediction if prediction else None
         self._at, self._matched = 0, _TRUSTED
-        self.num_appeared = 0
-        self.num_rejected = 0
 
     def propose(self, limit: int, least: float) -> Draft:
         """Guess at most ``limit`` next tokens, all with a chance above ``least``."""
@@ -178,29 +172,28 @@ class Drafter:
             chances.append(chance)
         return Draft(draft, chances)
 
-    def verifying(self, num_tokens: int) -> None:
-        """The first ``num_tokens`` of the draft are being verified."""
-        if self._source is not self._prediction:
-            return
-        for position in range(self._at, self._at + num_tokens):
-            if self._status[position] == 0:
-                self._status[position] = 1
-                self.num_rejected += 1
+    def observe(self) -> bool:
+        """A token was appended: compare it with the guess, and look for a better place to copy from.
 
-    def observe(self) -> None:
-        """A token was appended: compare it with the guess, and look for a better place to copy from."""
+        Returns:
+            Whether it is a token of the prediction that has not appeared before.
+        """
         token_id, source = self._token_ids[-1], self._source
+        is_new = False
         if source is not None and self._at < len(source.token_ids):
             right = source.token_ids[self._at] == token_id
             source.rates.count(self._matched, right)
             if right:
                 if source is self._prediction:
-                    self._appeared(self._at)
+                    is_new = not self._has_appeared[self._at]
+                    self._has_appeared[self._at] = 1
+                    self._anchor = self._at + 1
                 self._at += 1
                 self._matched += 1
                 if self._at < len(source.token_ids) and not self._may_switch():
-                    return
+                    return is_new
         self._look()
+        return is_new
 
     def _may_switch(self) -> bool:
         """Return whether to look if the prediction has by now what is being copied from the prompt."""
@@ -209,12 +202,6 @@ class Drafter:
             and bool(self._prediction.token_ids)
             and self._matched in _LEVELS
         )
-
-    def _appeared(self, position: int) -> None:
-        self._anchor = position + 1
-        status, self._status[position] = self._status[position], 2
-        self.num_appeared += status != 2
-        self.num_rejected -= status == 1
 
     def _look(self) -> None:
         """Find where the last tokens occurred before; the likeliest copy wins, the prediction's if about equal."""

@@ -25,10 +25,11 @@ from evermini.service.generation import (
 )
 from evermini.service.limits import check_output, output_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
+from evermini.service.offload import tokenise
 from evermini.service.prompting import make_prompt
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.runtime import ServedModel
-from evermini.service.schemas import ChatRequest
+from evermini.service.schemas import ChatRequest, Prediction
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 ToolKind = Literal["function", "custom"]
@@ -200,6 +201,9 @@ async def start(
     constraint = await constraint_of(request, served.grammars, timer)
     prompt, recalled = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
+    prediction: tuple[int, ...] = ()
+    if request.prediction is not None:
+        prediction = await _tokens(served, request.prediction)
     candidates = [
         Candidate(
             index=index,
@@ -212,6 +216,7 @@ async def start(
                 stop_token_ids=served.tokenizer.eos_ids,
                 top_logprobs=request.num_top_logprobs,
                 constraint=constraint,
+                prediction=prediction,
             ),
         )
         for index in range(request.num_choices)
@@ -221,3 +226,8 @@ async def start(
     )
     generation.start()
     return ChatRun(served, request, generation, recalled)
+
+
+async def _tokens(served: ServedModel, prediction: Prediction) -> tuple[int, ...]:
+    text = prediction.text
+    return tuple(await tokenise(len(text), served.tokenizer.encode, text))

@@ -55,11 +55,16 @@ class Delta:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request. Each prompt counts once, however many choices share it."""
+    """Tokens of a request. Each prompt counts once, however many choices share it.
+
+    Tokens of a prediction that did not appear in the output count as completion tokens, as the contract has it.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class Generation:
@@ -101,6 +106,7 @@ class Generation:
         self._tasks: list[asyncio.Task[None]] = []
         self._open = {candidate.index for candidate in candidates}
         self._num_generated = 0
+        self._num_predicted = 0
         self._num_cached: dict[int, int] = {}
 
     def start(self) -> None:
@@ -149,10 +155,14 @@ class Generation:
     @property
     def usage(self) -> Usage:
         """Tokens so far; final once the deltas are exhausted."""
+        accepted = self._num_predicted
+        rejected = sum(len(one.params.prediction) for one in self._candidates) - accepted
         return Usage(
             prompt_tokens=sum(len(prompt) for prompt in self.prompts),
-            completion_tokens=self._num_generated,
+            completion_tokens=self._num_generated + rejected,
             cached_tokens=sum(self._num_cached.values()),
+            accepted_prediction_tokens=accepted,
+            rejected_prediction_tokens=rejected,
         )
 
     def _end_open(self, reason: str) -> None:
@@ -191,6 +201,7 @@ class Generation:
                     return
                 case TokenOutput():
                     self._num_generated += 1
+                    self._num_predicted += event.is_predicted
                     self._timer.token(candidate.index)
                     piece = decoder.push(event)
                     if piece.stopped:

@@ -92,6 +92,7 @@ def sampling_params(
     top_logprobs: int | None,
     prompt_logprobs: int | None = None,
     constraint: Constraint | None = None,
+    prediction: tuple[int, ...] = (),
 ) -> SamplingParams:
     """Return the engine's parameters; the contract's defaults are filled in here."""
     temperature = 1.0 if request.temperature is None else request.temperature
@@ -110,4 +111,5 @@ def sampling_params(
         top_logprobs=top_logprobs,
         prompt_logprobs=prompt_logprobs,
         constraint=constraint,
+        prediction=prediction,
     )

@@ -14,7 +14,8 @@ ToolName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0
 """Name of a function or custom tool."""
 
 
-def _as_parts(value: object) -> object:
+def as_parts(value: object) -> object:
+    """Return a string as a list with one text part, for a validator."""
     if value is None or isinstance(value, list):
         return value
     if isinstance(value, str):
@@ -73,7 +74,7 @@ class Message(WireModel):
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Annotated[
-        Annotated[list[ContentPart], Field(min_length=1)] | None, BeforeValidator(_as_parts)
+        Annotated[list[ContentPart], Field(min_length=1)] | None, BeforeValidator(as_parts)
     ] = None
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s<|\\/>]+$")] | None = (
         None

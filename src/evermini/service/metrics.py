@@ -202,6 +202,16 @@ def _families() -> list[tuple[EngineFamily, Reader]]:
         counter(
             "preemptions", "Times a request lost its KV memory to another.", lambda s: s.preemptions
         ),
+        counter(
+            "spec_decode_num_draft_tokens",
+            "Guessed tokens that were verified.",
+            lambda s: s.drafted_tokens,
+        ),
+        counter(
+            "spec_decode_num_accepted_tokens",
+            "Guessed tokens that were right.",
+            lambda s: s.accepted_tokens,
+        ),
         counter("engine_steps", "Forward passes.", lambda s: s.steps),
         counter(
             "grammar_mask_wait_seconds",

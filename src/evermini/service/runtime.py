@@ -220,6 +220,7 @@ def start_worker(model: Model, settings: Settings) -> EngineWorker:
         max_batch_tokens=settings.max_batch_tokens,
         max_num_seqs=settings.max_num_seqs,
         max_waiting=settings.max_waiting,
+        speculation=settings.speculation == "auto",
     )
     worker = EngineWorker(engine)
     worker.start()

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
 from evermini.service import unsupported, validation
 from evermini.service.formats import ResponseFormat
-from evermini.service.messages import Message, check_conversation
+from evermini.service.messages import Message, as_parts, check_conversation
 from evermini.service.tools import (
     Choice,
     Functions,
@@ -150,6 +150,25 @@ class Extensions(WireModel):
     regex: Annotated[str, Field(min_length=1)] | None = None
 
 
+class PredictedText(WireModel):
+    """A part of a prediction."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(WireModel):
+    """``prediction``: the text that most of the answer is expected to be."""
+
+    type: Literal["content"]
+    content: Annotated[list[PredictedText], Field(min_length=1), BeforeValidator(as_parts)]
+
+    @property
+    def text(self) -> str:
+        """The whole of it."""
+        return "".join(part.text for part in self.content)
+
+
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
@@ -175,6 +194,7 @@ class ChatRequest(SamplingRequest):
     parallel_tool_calls: bool | None = None
     functions: Functions | None = None
     function_call: OldChoice = None
+    prediction: Prediction | None = None
     x_evermini: Extensions | None = None
 
     @model_validator(mode="after")
@@ -206,6 +226,8 @@ class ChatRequest(SamplingRequest):
                 "The 'top_logprobs' parameter is only allowed when 'logprobs' is enabled.",
                 param="top_logprobs",
             )
+        if self.prediction is not None:
+            self._check_prediction()
         return self
 
     def _check_form(self) -> None:
@@ -225,6 +247,24 @@ class ChatRequest(SamplingRequest):
                 f"'{names[0]}' and '{names[1]}' both say what form the answer has. Use one of them.",
                 param=names[1],
             )
+
+    def _check_prediction(self) -> None:
+        """Refuse what the contract does not combine with a prediction."""
+        for field, is_used in {
+            "n": self.num_choices > 1,
+            "logprobs": self.logprobs,
+            "presence_penalty": (self.presence_penalty or 0.0) > 0.0,
+            "frequency_penalty": (self.frequency_penalty or 0.0) > 0.0,
+            "max_completion_tokens": self.max_completion_tokens is not None,
+            "tools": self.tools,
+            "functions": self.functions,
+        }.items():
+            if is_used:
+                above = {"n": " above 1"}.get(field, " above 0" if "penalty" in field else "")
+                raise UnsupportedParameterError(
+                    f"Unsupported parameter: '{field}'{above} is not supported with 'prediction'. Leave one out.",
+                    param=field,
+                )
 
     def toolset(self) -> Toolset:
         """Return the tools and how they may be called.

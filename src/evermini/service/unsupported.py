@@ -15,7 +15,6 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "moderation": (),
-    "prediction": (),
     "prompt_cache_options": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),

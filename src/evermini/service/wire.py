@@ -31,8 +31,8 @@ def usage(used: Usage) -> Json:
         "completion_tokens_details": {
             "reasoning_tokens": 0,
             "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
+            "accepted_prediction_tokens": used.accepted_prediction_tokens,
+            "rejected_prediction_tokens": used.rejected_prediction_tokens,
         },
     }
 
