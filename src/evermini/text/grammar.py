@@ -176,9 +176,15 @@ class GrammarCompiler:
             if self._vocabulary is None:
                 self._vocabulary = _vocabulary_of(self._tokenizer)
         matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=_LIMITS)
+        grammar = Grammar(matcher)
+        if not matcher.is_error():
+            # Some grammars break the limits at their very first step: better now than in the answer.
+            probe = matcher.deep_copy()
+            probe.compute_bitmask()
+            matcher = probe if probe.is_error() else matcher
         if matcher.is_error():
             raise InvalidRequestError(_first_line(matcher.get_error()))
-        return Grammar(matcher)
+        return grammar
 
 
 class _Tokens:

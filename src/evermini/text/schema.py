@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
@@ -26,13 +27,15 @@ Schema = Json | bool
 Context = tuple[str, ...]
 
 MAX_DEPTH = 100
-MAX_NODES = 50_000
+MAX_NODES = 20_000
 """Subschemas after rewriting; each costs the compiler a few microseconds."""
+
+MAX_DIVISOR = 100_000
 
 _PLAIN = frozenset(
     {
         *("type", "const", "enum", "required", "pattern", "minLength", "maxLength"),
-        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
         *("minItems", "maxItems", "maxProperties"),
     }
 )
@@ -149,6 +152,8 @@ class _Rewriter:
             result[keyword] = self._reference(value, here)
         elif keyword == "format":
             self._format(value, schema, here, result, more)
+        elif keyword == "multipleOf":
+            result[keyword] = self._multiple_of(value, context)
         elif keyword == "minProperties":
             result[keyword] = self._min_properties(value, schema, here)
         elif keyword == "uniqueItems":
@@ -223,6 +228,18 @@ class _Rewriter:
                 more.append(pattern)
             else:
                 result |= pattern
+
+    def _multiple_of(self, value: object, context: Context) -> object:
+        """Return the divisor if its automaton is small: it has a state per remainder."""
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            digits = "".join(map(str, Decimal(repr(value)).normalize().as_tuple().digits))
+            if int(digits) > MAX_DIVISOR:
+                raise SchemaError(
+                    context,
+                    f"'multipleOf' with more digits than {MAX_DIVISOR} has, zeros at either end aside, is not supported "
+                    "by this server.",
+                )
+        return value
 
     def _min_properties(self, value: object, schema: Json, context: Context) -> object:
         """Return the bound if the grammar keeps it: it cannot tell two free names apart, so one of them counts."""
