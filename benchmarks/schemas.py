@@ -4,8 +4,8 @@
     python benchmarks/schemas.py generate DATA --model nano --schemas 200
     python benchmarks/schemas.py speed --model mini
 
-DATA holds ``jsonschemabench/{schemas,maskbench}_sample.jsonl.gz`` (lines with a ``schema``; the second with ``tests`` of
-``data`` and ``valid``) and ``json-schema-test-suite/tests/draft*/*.json``.
+DATA holds ``jsonschemabench/{schemas,maskbench}_sample.jsonl.gz`` (lines with a ``schema``; the second with ``tests``
+of ``data`` and ``valid``) and ``json-schema-test-suite/tests/draft*/*.json``.
 
 - *masks*: the share of schemas that are accepted; instances that the masks take or refuse against what they are said to
   be; and random walks: texts drawn from the masks alone, with no model to make them sensible, checked by `jsonschema`.
@@ -29,6 +29,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import numpy.typing as npt
 import torch
 from jsonschema.protocols import Validator
 
@@ -39,6 +40,8 @@ from evermini.models.checkpoint import open_checkpoint
 from evermini.models.pull import ensure
 from evermini.text.grammar import Grammar, GrammarCompiler
 from evermini.text.tokenizer import Tokenizer
+
+Bits = npt.NDArray[np.bool_]
 
 DRAFTS = ("draft4", "draft6", "draft7")
 
@@ -98,44 +101,41 @@ def is_taken(grammar: Grammar, tokenizer: Tokenizer, value: Any) -> bool:
         state.advance(token_id)
     row = torch.zeros(-(-tokenizer.vocab_size // 32), dtype=torch.int32)
     state.fill_mask(row)
-    return bool(tokenizer.eos_ids & set(allowed_ids(row)))
+    return bool(bits_of(row)[list(tokenizer.eos_ids)].any())
 
 
-def allowed_ids(row: torch.Tensor) -> list[int]:
-    """Return the tokens whose bits are set."""
-    bits = np.unpackbits(row.numpy().view(np.uint8), bitorder="little")
-    ids: list[int] = np.flatnonzero(bits).tolist()
-    return ids
+def bits_of(row: torch.Tensor) -> Bits:
+    """Return a mask as one boolean per token."""
+    return np.unpackbits(row.numpy().view(np.uint8), bitorder="little").view(bool)
 
 
 class Walker:
-    """Draws texts from masks alone; after a while it takes tokens that close what is open."""
+    """Draws texts from masks alone; after a while it takes short tokens that close what is open."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         self._tokenizer = tokenizer
-        self._random = random.Random(seed)
+        self._random = np.random.default_rng(seed)
         self._row = torch.zeros(-(-tokenizer.vocab_size // 32), dtype=torch.int32)
+        self._ends = list(tokenizer.eos_ids)
         ends = {b'"': 3, b"}": 5, b"]": 4, b"l": 1, b"e": 1, b"0": 1}
-        self._rank = [
-            ends.get(tokenizer.token_bytes(i)[-1:], 0) - 0.01 * len(tokenizer.token_bytes(i))
-            for i in range(tokenizer.vocab_size)
-        ]
+        tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self._rank = np.array([ends.get(token[-1:], 0) - 0.01 * len(token) for token in tokens])
 
     def text(self, grammar: Grammar, patience: int, limit: int) -> str | None:
         """Return a whole text of the grammar, or ``None`` if it takes more than ``limit`` tokens."""
         state, ids = grammar.start(), []
         for step in range(limit):
             state.fill_mask(self._row)
-            allowed = allowed_ids(self._row)
-            may_end = bool(self._tokenizer.eos_ids & set(allowed))
-            going = [i for i in allowed if i not in self._tokenizer.eos_ids]
-            if not going or (may_end and self._random.random() < 0.3):
+            bits = bits_of(self._row)
+            may_end = bits[self._ends].any()
+            bits[self._ends] = False
+            going = np.flatnonzero(bits)
+            if not len(going) or (may_end and self._random.random() < 0.3):
                 return self._tokenizer.decode(ids)
-            if step < patience:
-                token_id = self._random.choice(going)
-            else:
-                best = max(self._rank[i] for i in going)
-                token_id = self._random.choice([i for i in going if self._rank[i] >= best - 0.05])
+            if step >= patience:
+                ranks = self._rank[going]
+                going = going[ranks >= ranks.max() - 0.05]
+            token_id = int(self._random.choice(going))
             state.advance(token_id)
             ids.append(token_id)
         return None
@@ -194,7 +194,9 @@ def walks(case: Case, grammar: Grammar, walker: Walker, number: int, counts: Cou
             counts["walks valid"] += 1
         except (jsonschema.ValidationError, ValueError) as error:
             counts["walks INVALID"] += 1
-            print("  WRONG: writes", case.source, case.name, text[:200], str(error).partition("\n")[0])
+            print(
+                "  WRONG: writes", case.source, case.name, text[:200], str(error).partition("\n")[0]
+            )
         except Exception as error:  # references that jsonschema would have to fetch
             counts[f"walks unchecked ({type(error).__name__})"] += 1
 
@@ -265,12 +267,17 @@ def speed(arguments: argparse.Namespace) -> None:
     """Alternate answers of equal length with and without a grammar."""
     grammar = {"type": "json_schema", "json_schema": {"name": "list", "schema": SPEED_SCHEMA}}
     ends = tokenizer_of(arguments.model).eos_ids
-    endless = {str(token_id): -100.0 for token_id in ends}  # as the schema keeps the masked side going
+    endless = {
+        str(token_id): -100.0 for token_id in ends
+    }  # as the schema keeps the masked side going
     prompt = [{"role": "user", "content": "List all that happened in JSON, in detail."}]
     with LLM(arguments.model) as llm:
         rows: dict[str, list[float]] = {"free": [], "masked": []}
         for round_number in range(arguments.rounds + 1):
-            for name, params in (("free", {"logit_bias": endless}), ("masked", {"response_format": grammar})):
+            for name, params in (
+                ("free", {"logit_bias": endless}),
+                ("masked", {"response_format": grammar}),
+            ):
                 stamps = []
                 with llm.chat(
                     prompt, stream=True, max_completion_tokens=arguments.tokens, temperature=0.7,
@@ -291,7 +298,9 @@ def speed(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Run one part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parts = parser.add_subparsers(required=True)
     part = parts.add_parser("masks")
     part.add_argument("data", type=Path)

@@ -31,6 +31,7 @@ from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
+from evermini.service.formats import format_of
 from evermini.service.runtime import ModelInfo, load_tier
 from evermini.service.schemas import parse_chat, parse_completion
 
@@ -270,7 +271,7 @@ class LLM:
             progress: Told, from another thread, how reading a long text for the first time goes.
             **params: Those of ``/v1/chat/completions``: ``max_completion_tokens``, ``temperature``, ``top_p``, ``n``,
                 ``stop``, ``seed``, ``logprobs``, ``top_logprobs``, ``logit_bias``, ``presence_penalty``,
-                ``frequency_penalty``, ``x_evermini``.
+                ``frequency_penalty``, ``x_evermini``; ``response_format`` as there, or a pydantic model's class.
 
         Raises:
             ContextLengthError: The prompt is longer than `ModelInfo.context_window`, or prompt and output do not fit
@@ -279,6 +280,8 @@ class LLM:
         """
         started = time.perf_counter()
         body = {**params, "model": self.info.id, "messages": [dict(item) for item in messages]}
+        if isinstance(form := params.get("response_format"), type):
+            body["response_format"] = format_of(form)
         request = parse_chat({**body, "stream": stream})
         run = self._call(partial(chat_service.start, self._served, request, progress=progress))
         if stream:

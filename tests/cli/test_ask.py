@@ -160,3 +160,32 @@ def test_ctrl_c_ends_with_130(evermini, llm, monkeypatch):
 
     monkeypatch.setattr(llm, "chat", interrupted)
     assert evermini("ask", "Why?").code == 130
+
+
+def test_the_answer_follows_a_schema(evermini, tmp_path):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"],
+        "additionalProperties": False,
+    }
+    (tmp_path / "a schema.json").write_text(json.dumps(schema))
+    question = "What is the capital of France?"
+    result = evermini("ask", "--schema", "a schema.json", question)
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out)["city"] == "Paris"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ('{"type": "array", "uniqueItems": true}', "'uniqueItems' is not supported"),
+    ],
+)
+def test_wrong_schemas(evermini, tmp_path, text, problem):
+    (tmp_path / "schema.json").write_text(text)
+    result = evermini("ask", "--schema", "schema.json", "Hello")
+    assert result.code != 0
+    assert problem in " ".join(result.err.split())

@@ -1,8 +1,10 @@
 """The Python API on the real nano model."""
 
 import threading
+from typing import Literal
 
 import pytest
+from pydantic import BaseModel
 
 from evermini import LLM
 from evermini.errors import (
@@ -147,3 +149,25 @@ def test_a_closed_llm_says_so():
     stream.close()
     with pytest.raises(EngineStoppedError, match="closed"):
         llm.chat(CAPITAL)
+
+
+class City(BaseModel):
+    name: Literal["Paris", "Rome"]
+    people: int | None = None
+
+
+def test_answers_of_a_pydantic_model(llm):
+    answer = llm.chat(CAPITAL, temperature=0, response_format=City)
+    assert City.model_validate_json(answer.text).name == "Paris"
+    with llm.chat(CAPITAL, temperature=0, response_format=City, stream=True) as stream:
+        assert "".join(delta.text for delta in stream) == answer.text
+
+
+def test_answers_of_a_dict(llm):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": City.model_json_schema()}}
+    City.model_validate_json(llm.chat(CAPITAL, response_format=form).text)
+
+
+def test_another_class_is_no_form(llm):
+    with pytest.raises(InvalidRequestError, match="no pydantic model"):
+        llm.chat(CAPITAL, response_format=dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +58,14 @@ def ask(
     frequency_penalty: Annotated[
         float, typer.Option(help="From -2 to 2: above 0, less of what was said often.")
     ] = 0.0,
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer in JSON that follows the JSON schema in this file.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     why: Annotated[
         bool,
         typer.Option(
@@ -76,6 +86,7 @@ def ask(
     evermini ask "What is a monad?"
     evermini ask -f main.py -f util.py "Where is the bug?"
     git diff | evermini ask -v "Write a commit message."
+    evermini ask -f letter.txt --schema invoice.json "Which invoice is this?"
 
     Files longer than the model's window are read once, kept indexed, and answered from the passages that the question
     needs: for facts to look up, not for summaries or counts of the whole. See `evermini contexts`.
@@ -98,6 +109,7 @@ def ask(
         "seed": seed,
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
+        "response_format": None if schema is None else _schema_format(schema),
     }
     _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
 
@@ -108,6 +120,22 @@ def build_prompt(documents: list[tuple[str, str]], question: str) -> str:
         f'<document name="{name}">\n{text.rstrip()}\n</document>\n' for name, text in documents
     ]
     return "\n".join([*parts, question])
+
+
+def _schema_format(path: Path) -> dict[str, Any]:
+    """Return the form of an answer that follows the schema in a file.
+
+    Raises:
+        InvalidRequestError: The file is no JSON object.
+    """
+    try:
+        definition = json.loads(_read_text(path))
+    except ValueError as error:
+        raise InvalidRequestError(f"{path} is not JSON: {error}. Give a JSON schema.") from None
+    if not isinstance(definition, dict):
+        raise InvalidRequestError(f"{path} holds no JSON object. Give a JSON schema.")
+    name = re.sub(r"[^a-zA-Z0-9_-]+", "_", path.stem)[:64] or "answer"
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": definition}}
 
 
 def _answer(

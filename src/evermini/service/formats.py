@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from evermini.errors import InvalidRequestError
 from evermini.service.strict import check_strict
@@ -14,6 +14,21 @@ from evermini.service.validation import WireModel
 
 MAX_SHOWN_CHARACTERS = 4096
 """A longer schema is enforced without being shown to the model: it would fill the window, and take long to read."""
+
+
+def format_of(model: type) -> dict[str, Any]:
+    """Return the ``response_format`` whose answers a pydantic model's class can read.
+
+    Raises:
+        InvalidRequestError: It is another class.
+    """
+    if not issubclass(model, BaseModel):
+        raise InvalidRequestError(
+            f"response_format is the class {model.__name__}, which is no pydantic model. Give one, or a dict.",
+            param="response_format",
+        )
+    definition = {"name": model.__name__[:64], "schema": model.model_json_schema()}
+    return {"type": "json_schema", "json_schema": definition}
 
 
 class JsonSchemaFormat(WireModel):

@@ -236,8 +236,8 @@ class _Rewriter:
             if int(digits) > MAX_DIVISOR:
                 raise SchemaError(
                     context,
-                    f"'multipleOf' with more digits than {MAX_DIVISOR} has, zeros at either end aside, is not supported "
-                    "by this server.",
+                    f"'multipleOf' whose digits, zeros at either end aside, make a number above {MAX_DIVISOR} is not "
+                    "supported by this server.",
                 )
         return value
 
