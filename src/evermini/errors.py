@@ -7,7 +7,8 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     ├── RequestError                    what a caller sent; 4xx
     │   ├── InvalidRequestError         400 invalid_request_error
     │   │   ├── UnsupportedParameterError   400 code unsupported_parameter
-    │   │   └── ContextLengthError      400 code context_length_exceeded
+    │   │   ├── ContextLengthError      400 code context_length_exceeded
+    │   │   └── DocumentError           400: a file that is no text that can be read
     │   ├── AuthenticationError         401 code invalid_api_key
     │   ├── PermissionDeniedError       403
     │   ├── NotFoundError               404
@@ -36,6 +37,8 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 
@@ -91,6 +94,22 @@ class ContextLengthError(InvalidRequestError):
     """The prompt (plus the requested output) does not fit; nothing is ever cut to make it fit."""
 
     default_code = "context_length_exceeded"
+
+    documents: Mapping[str, int] = MappingProxyType({})
+    """Tokens of each named document of the prompt, where they were counted."""
+
+
+class DocumentError(InvalidRequestError):
+    """A file is no text that can be read.
+
+    Args:
+        message: Cause and remedy, with the file's name.
+        reason: The cause in a word or two, to sum up many files.
+    """
+
+    def __init__(self, message: str, *, reason: str, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.reason = reason
 
 
 class AuthenticationError(RequestError):

@@ -3,7 +3,9 @@ r"""What of a long conversation stays whole, and what is read through recall.
     user message   "Read this.\n\n<40,000 lines>\n\nWho did it?"
     pieces         whole "Read this.\n\n" | long "<40,000 lines>" | whole "\n\nWho did it?"   asked: "Who did it?"
 
-Texts between ``<document name="PATH">`` and ``</document>``, each on a line of its own, are long pieces with a name.
+Texts between ``<document name="PATH">`` and ``</document>``, each on a line of its own, are long pieces with a name
+(``&quot;`` and ``&#10;`` in it stand for a quote and a line end). A text that has a line ``</document>`` itself names
+another end: ``<document name="PATH" end="MARK">`` ends at ``</document end="MARK">``. `wrap_document` writes them.
 Another text is a long piece if it has at least `Tier.min_chars` characters; its first paragraph (instructions stand
 there) stays whole, and in the last user message its end does, too: the question.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from evermini.service.messages import Message
 
@@ -22,8 +25,7 @@ QUESTION_CHARS = 2000
 """A last paragraph or line up to this long is the question."""
 _SHORT_QUESTION = 24
 """A last paragraph shorter than this and without a question mark ("Answer:") takes the one before it along."""
-_OPENING = re.compile(r'^<document name="([^"\n]*)">\n', re.MULTILINE)
-_CLOSING = "\n</document>"
+_OPENING = re.compile(r'^<document name="([^"\n]*)"( end="[^"\n]+")?>\n', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -125,14 +127,27 @@ def _documents(text: str) -> list[tuple[str, int, str, int]]:
     at = 0
     while match := _OPENING.search(text, at):
         # From the line end of the opening on, so that an empty document closes, too.
-        close = text.find(_CLOSING, match.end() - 1)
+        closing = f"\n</document{match[2] or ''}>"
+        close = text.find(closing, match.end() - 1)
         if close < 0:
             break
         body = text[match.end() : close]
-        at = close + len(_CLOSING)
+        at = close + len(closing)
         if body.strip():
-            found.append((match[1], match.start(), body, at))
+            name = match[1].replace("&#10;", "\n").replace("&quot;", '"')
+            found.append((name, match.start(), body, at))
     return found
+
+
+def wrap_document(name: str, text: str) -> str:
+    """Return a text between the tags that make it a document of a prompt."""
+    name = name.replace('"', "&quot;").replace("\n", "&#10;")
+    end = ""
+    for number in count(1):
+        if f"\n</document{end}>" not in f"\n{text}":
+            break
+        end = f' end="{number}"'
+    return f'<document name="{name}"{end}>\n{text}\n</document{end}>\n'
 
 
 def _split_plain(

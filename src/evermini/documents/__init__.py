@@ -1,0 +1,13 @@
+"""Files to texts: what a path, folder, glob or run of bytes holds, ready for a prompt.
+
+    read_document(data, "report.pdf")          bytes -> Document, whoever has them (command line, HTTP)
+    collect(["src", "docs/*.md", "-"], ...)    paths, folders and globs -> Documents and what was skipped, with reasons
+
+`read.py` knows formats, `walk.py` ignore files and globs, `collect.py` policies (what is too large, what is named
+twice); `sizes.py` says which folders are the large ones.
+"""
+
+from evermini.documents.collect import Collection, Limits, Skipped, collect
+from evermini.documents.read import Document, read_document
+
+__all__ = ["Collection", "Document", "Limits", "Skipped", "collect", "read_document"]
