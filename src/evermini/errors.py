@@ -38,7 +38,6 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 
@@ -91,12 +90,21 @@ class UnsupportedParameterError(InvalidRequestError):
 
 
 class ContextLengthError(InvalidRequestError):
-    """The prompt (plus the requested output) does not fit; nothing is ever cut to make it fit."""
+    """The prompt (plus the requested output) does not fit; nothing is ever cut to make it fit.
+
+    Args:
+        message: Cause and remedy, with the counts.
+        param: As in `EverminiError`.
+        documents: Tokens of each named document in the prompt, where they were counted.
+    """
 
     default_code = "context_length_exceeded"
 
-    documents: Mapping[str, int] = MappingProxyType({})
-    """Tokens of each named document of the prompt, where they were counted."""
+    def __init__(
+        self, message: str, *, param: str | None = None, documents: Mapping[str, int] | None = None
+    ) -> None:
+        super().__init__(message, param=param)
+        self.documents = documents or {}
 
 
 class DocumentError(InvalidRequestError):

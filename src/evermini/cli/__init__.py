@@ -19,10 +19,11 @@ from evermini import __version__
 from evermini.cli.ask import ask
 from evermini.cli.chat import chat
 from evermini.cli.config import config
+from evermini.cli.contexts import contexts
 from evermini.cli.doctor import doctor
 from evermini.cli.eval import evaluations
 from evermini.cli.pull import models, pull, rm
-from evermini.cli.recall import calibrate, contexts, ingest
+from evermini.cli.recall import calibrate, ingest
 from evermini.cli.serve import serve
 from evermini.cli.storage import gc
 from evermini.errors import ConfigError, EverminiError

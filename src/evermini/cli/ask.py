@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from evermini.cli.files import ExcludeFlag, collect_documents, piped_input, too_long_by_folder
 from evermini.cli.options import MODEL_SETTINGS, with_settings
 from evermini.config import LoadedSettings
-from evermini.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from evermini.documents import Document
 
 
 @with_settings(*MODEL_SETTINGS)
@@ -25,14 +28,15 @@ def ask(
         ),
     ] = None,
     files: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--file",
             "-f",
-            help="Text file to put into the prompt; may be repeated.",
-            metavar="FILE",
+            help="File (text, PDF), folder or quoted glob to put into the prompt; - is piped input. May be repeated.",
+            metavar="PATH",
         ),
     ] = None,
+    exclude: ExcludeFlag = None,
     system: Annotated[
         str | None, typer.Option(help="System message.", metavar="TEXT", show_default=False)
     ] = None,
@@ -74,7 +78,12 @@ def ask(
         ),
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print token counts and speed to stderr.")
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Print token counts, speed and every file that was skipped to stderr.",
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the text.")
@@ -85,20 +94,26 @@ def ask(
     \b
     evermini ask "What is a monad?"
     evermini ask -f main.py -f util.py "Where is the bug?"
+    evermini ask -f src -f 'docs/**/*.md' --why "Where is the retry limit set?"
     git diff | evermini ask -v "Write a commit message."
     evermini ask -f letter.txt --schema invoice.json "Which invoice is this?"
+
+    Of a folder, what is hidden or ignored (.gitignore, .ignore) is left out; binaries, empty and very large files are
+    skipped, and stderr says so.
 
     Files longer than the model's window are read once, kept indexed, and answered from the passages that the question
     needs: for facts to look up, not for summaries or counts of the whole. See `evermini contexts`.
     """  # noqa: D301 (\b, a real backspace, keeps the examples' line breaks in --help)
-    piped = _piped_input()
+    from evermini.documents import STDIN, read_document
+
+    named, piped = list(files or ()), piped_input()
     if question is None:
-        if not piped:
+        question = "" if STDIN in named else read_document(piped, "Standard input").text.strip("\n")
+        if not question:
             raise typer.BadParameter("Give a question, or pipe one in.", param_hint="QUESTION")
-        question, piped = piped, ""
-    documents = [(str(path), _read_text(path)) for path in files or ()]
-    if piped:
-        documents.append(("standard input", piped))
+    elif piped.strip() and STDIN not in named:
+        named.append(STDIN)
+    documents = collect_documents(named, piped, exclude, verbose=verbose)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": build_prompt(documents, question)})
     params = {
@@ -114,12 +129,11 @@ def ask(
     _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
 
 
-def build_prompt(documents: list[tuple[str, str]], question: str) -> str:
+def build_prompt(documents: Sequence[Document], question: str) -> str:
     """Return the documents, each between tags that name it, and the question after them."""
-    parts = [
-        f'<document name="{name}">\n{text.rstrip()}\n</document>\n' for name, text in documents
-    ]
-    return "\n".join([*parts, question])
+    from evermini.service.parts import wrap_document
+
+    return "\n".join([*(wrap_document(item.name, item.text) for item in documents), question])
 
 
 def _schema_format(path: Path) -> dict[str, Any]:
@@ -151,7 +165,7 @@ def _answer(
     from evermini.cli.talk import as_json_object, open_llm, speed_line, warn_if_cut
 
     with open_llm(loaded.settings) as llm:
-        with reading_bar() as progress:
+        with reading_bar() as progress, too_long_by_folder():
             stream = llm.chat(messages, stream=True, progress=progress, **params)
         with stream:
             for delta in stream:
@@ -163,31 +177,3 @@ def _answer(
             print(*why_lines(stream.recalled), sep="\n", file=sys.stderr)
         if verbose:
             print(speed_line(stream), file=sys.stderr)
-
-
-def _piped_input() -> str:
-    """Return what is piped in, or nothing if standard input is a terminal or closed."""
-    if sys.stdin is None or sys.stdin.isatty():
-        return ""
-    return _decode(sys.stdin.buffer.read(), "Standard input").strip("\n")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return _decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _decode(content: bytes, name: str) -> str:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"{name} is not UTF-8 text (byte {error.start}). Give text files; convert others first."
-        ) from error
-    if "\0" in text:
-        raise InvalidRequestError(
-            f"{name} is a binary file. Give text files; convert others first."
-        )
-    return text

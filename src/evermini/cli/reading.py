@@ -51,6 +51,11 @@ def why_lines(recalled: Recalled | None) -> list[str]:
     for passage in sorted(recalled.passages, key=lambda passage: -passage.score):
         first, last = passage.lines
         source = passage.source or f"message {passage.message + 1}"
+        page = "" if passage.pages is None else f"  page {_range(*passage.pages)}"
         note = "" if passage.is_included else "  (left out: no room)"
-        lines.append(f"{passage.score:7.3f}  {source}:{first}-{last}{note}")
+        lines.append(f"{passage.score:7.3f}  {source}:{_range(first, last)}{page}{note}")
     return lines
+
+
+def _range(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

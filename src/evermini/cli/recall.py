@@ -1,19 +1,18 @@
-"""``evermini calibrate``, ``ingest`` and ``contexts``: long contexts, indexed once and kept on disk."""
+"""``evermini calibrate`` and ``ingest``: long contexts, indexed once and kept on disk."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from evermini.cli.files import ExcludeFlag, collect_documents, piped_input
 from evermini.cli.options import with_settings
 from evermini.config import LoadedSettings, Settings
 
 if TYPE_CHECKING:
     from evermini.recall.load import Indexer
-    from evermini.recall.store import SegmentInfo, SegmentStore
     from evermini.service.loading import Loaded
 
 _MODEL = ("model", "home", "weights_dir", "device", "precision", "threads")
@@ -60,128 +59,35 @@ def calibrate(
 def ingest(
     loaded: LoadedSettings,
     paths: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Text files; - is standard input.")
+        list[str],
+        typer.Argument(
+            metavar="PATH", help="Files (text, PDF), folders and globs; - is standard input."
+        ),
     ],
+    exclude: ExcludeFlag = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Name every file that was skipped.")
+    ] = False,
 ) -> None:
     """Read long texts once and keep their index on disk, so that later questions to them start at once.
 
-    Interrupted, it goes on where it stopped. What is known already costs nothing.
+    Interrupted, it goes on where it stopped. What is known already costs nothing: of a folder in which one file
+    changed, that file is read again.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+    from evermini.cli.reading import reading_bar
     from evermini.recall.segment import cut
 
-    texts = [(path, _read(path)) for path in paths]
+    documents = collect_documents(paths, piped_input(), exclude, verbose=verbose)
+    segments = [segment for item in documents for segment in cut(item.text, item.name)]
     recall = _indexer(loaded.settings).open(
         loaded.settings.home, max_bytes=loaded.settings.recall_disk, progress=_say
     )
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )  # fmt: skip
-    for path, text in texts:
-        with bar:
-            task = bar.add_task(path, total=None, speed="")
-            done = recall.ingest(
-                cut(text, path),
-                progress=lambda p, task=task: bar.update(  # type: ignore[misc]
-                    task, total=p.total_tokens, completed=p.done_tokens,
-                    speed=f"{p.done_tokens:,} of {p.total_tokens:,} tokens, {p.tokens_per_second:,.0f}/s",
-                ),
-            )  # fmt: skip
-            bar.remove_task(task)
-        print(
-            f"{path}: {done.num_tokens:,} tokens, {done.num_new_tokens:,} of them new, {done.seconds:.1f} s"
-        )
-
-
-contexts = typer.Typer(help="Look after the texts that were ingested.", no_args_is_help=True)
-
-
-@contexts.command()
-@with_settings("home")
-def ls(loaded: LoadedSettings) -> None:
-    """List what was ingested, the most recently used first."""
-    from datetime import datetime
-
-    from rich.filesize import decimal
-
-    for info in _all(loaded.settings):
-        used = datetime.fromtimestamp(info.last_used).strftime("%Y-%m-%d %H:%M")
-        size = decimal(info.num_bytes)
-        print(
-            f"{info.digest[:12]}  {info.num_tokens:>9,} tokens  {size:>9}  {used}  {info.preview[:60]}"
-        )
-
-
-@contexts.command()
-@with_settings("home")
-def show(
-    loaded: LoadedSettings,
-    digest: Annotated[str, typer.Argument(help="As `ls` prints it, or more of it.")],
-) -> None:
-    """Show one text's index."""
-    for store, info in _matching(loaded.settings, digest):
-        segment = store.open(info.digest)
-        print(
-            f"digest      {info.digest}\nindex       {info.fingerprint}\ntokens      {info.num_tokens:,}"
-        )
-        print(f"bytes       {info.num_bytes:,}\nbegins      {info.preview}")
-        if segment is not None:
-            print(f"chunks      {segment.chunks_done()} of {segment.num_chunks} done")
-
-
-@contexts.command()
-@with_settings("home")
-def rm(
-    loaded: LoadedSettings,
-    digests: Annotated[
-        list[str], typer.Argument(metavar="DIGEST", help="As `ls` prints them; `all` for all.")
-    ],
-) -> None:
-    """Delete texts' indexes from the disk."""
-    from evermini.errors import OverloadedError
-
-    for digest in digests:
-        for store, info in _matching(loaded.settings, digest):
-            if not store.remove(info.fingerprint, info.digest):
-                raise OverloadedError(
-                    f"{info.digest[:12]} is being ingested right now. Try again later."
-                )
-            print(f"{info.digest[:12]} deleted")
-
-
-@contexts.command()
-@with_settings("home")
-def verify(loaded: LoadedSettings) -> None:
-    """Read everything and name what is damaged; its next use computes that part again."""
-    from evermini.recall.store import all_stores
-
-    damage = [item for store in all_stores(loaded.settings.home) for item in store.verify()]
-    for item in damage:
-        print(item)
-    print(f"{len(_all(loaded.settings))} checked, {len(damage)} damaged parts")
-    if damage:
-        raise typer.Exit(1)
-
-
-def _all(settings: Settings) -> list[SegmentInfo]:
-    from evermini.recall.store import all_stores
-
-    stores = all_stores(settings.home)
-    return stores[0].list_all() if stores else []
-
-
-def _matching(settings: Settings, digest: str) -> list[tuple[SegmentStore, SegmentInfo]]:
-    from evermini.errors import NotFoundError
-    from evermini.recall.store import all_stores
-
-    stores = {store.calibration.fingerprint: store for store in all_stores(settings.home)}
-    found = [info for info in _all(settings) if digest == "all" or info.digest.startswith(digest)]
-    if not found and digest != "all":
-        raise NotFoundError(f"No ingested text {digest!r}. See `evermini contexts ls`.")
-    return [(stores[info.fingerprint], info) for info in found]
+    with reading_bar() as progress:
+        done = recall.ingest(segments, progress=progress)
+    what = documents[0].name if len(documents) == 1 else f"{len(documents):,} files"
+    print(
+        f"{what}: {done.num_tokens:,} tokens, {done.num_new_tokens:,} of them new, {done.seconds:.1f} s"
+    )
 
 
 def _load(settings: Settings) -> Loaded:
@@ -199,22 +105,6 @@ def _indexer(settings: Settings) -> Indexer:
     answering = _load(settings)
     with download_bar(settings.recall_index) as progress:
         return load_indexer(answering, settings, progress=progress)
-
-
-def _read(path: str) -> str:
-    from evermini.errors import InvalidRequestError
-
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise InvalidRequestError(
-            f"{path} cannot be read: {error.strerror}. Name text files."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"{path} is not UTF-8 text ({error.reason}). Convert it first."
-        ) from error
 
 
 def _say(message: str) -> None:

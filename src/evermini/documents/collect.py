@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Collection:
 def collect(
     arguments: Sequence[str],
     *,
-    stdin: Callable[[], bytes],
+    stdin: bytes = b"",
     exclude: Sequence[str] = (),
     limits: Limits | None = None,
 ) -> Collection:
@@ -64,7 +64,7 @@ def collect(
 
     Args:
         arguments: Paths of files and folders, globs, and ``-`` for standard input.
-        stdin: Returns the bytes of standard input; called for ``-``.
+        stdin: What ``-`` stands for.
         exclude: Patterns of what to leave out in folders, as in a ``.gitignore``.
         limits: How much is taken; default `Limits`.
 
@@ -75,7 +75,7 @@ def collect(
     collector = _Collector(exclude, limits or Limits())
     for argument in arguments:
         if argument == STDIN:
-            collector.add(read_document(stdin(), STDIN_NAME))
+            collector.add_stdin(stdin)
         elif is_glob(argument) or Path(argument).is_dir():
             collector.add_folder(argument)
         else:
@@ -97,6 +97,13 @@ class _Collector:
     def add(self, document: Document) -> None:
         self._documents.append(document)
         self._count(document.name, len(document.text))
+
+    def add_stdin(self, data: bytes) -> None:
+        if not data.strip():
+            raise InvalidRequestError(
+                "Nothing is piped in for '-'. Pipe a text or PDF in, or leave '-' out."
+            )
+        self.add(read_document(data, STDIN_NAME))
 
     def add_file(self, path: Path) -> None:
         if self._is_new(path):

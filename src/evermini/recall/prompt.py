@@ -1,6 +1,6 @@
 """From spans to what the answering model reads: excerpts in document order, with every gap marked.
 
-    [README.md, lines 10-24 of 310]
+    [README.md, lines 10-24 of 310]              in a text of pages: [report.pdf, page 3, lines 80-95 of 2210]
     ...
     [left out: lines 25-310]
 
@@ -109,7 +109,9 @@ def _write(segments: Sequence[Segment], spans: Sequence[Span], num_found: int) -
                 omitted += before - at
             lines = segment.line_of(start), segment.line_of(max(start, end - 1))
             shown = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]}-{lines[1]}"
-            parts.append(f"[{label}{shown} of {total}]\n{segment.text[start:end].strip(chr(10))}\n")
+            parts.append(
+                f"[{label}{_pages(segment, start, end)}{shown} of {total}]\n{segment.text[start:end].strip(chr(10))}\n"
+            )
             at = before + end - start
         length = sum(len(segments[i].text) for i in group)
         omitted += length - at
@@ -122,6 +124,14 @@ def _write(segments: Sequence[Segment], spans: Sequence[Span], num_found: int) -
             f"[A text of {omitted:,} characters is left out: no passage of it was found relevant]\n"
         )
     return "\n".join([head, *parts]), omitted
+
+
+def _pages(segment: Segment, start: int, end: int) -> str:
+    first, last = segment.page_of(start), segment.page_of(max(start, end - 1))
+    if last is None:
+        return ""
+    first = last if first is None else first
+    return f"page {first}, " if first == last else f"pages {first}-{last}, "
 
 
 def _documents(segments: Sequence[Segment]) -> list[list[int]]:

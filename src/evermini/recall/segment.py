@@ -7,6 +7,8 @@ Character positions count in the text as it is indexed, `Segment.text`: Unicode 
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 import unicodedata
 from bisect import bisect_right
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ import numpy.typing as npt
 from evermini.errors import ModelError
 
 Ids = npt.NDArray[np.uint32]
+
+_PAGE = re.compile(r"^\[page (\d+)\]$", re.MULTILINE)
 
 
 class TextTokenizer(Protocol):
@@ -56,12 +60,15 @@ class Segment:
         name: What to call it when a span of it is shown, such as a path; not part of its identity.
         first_line: The line, from 1, that its first character lies on in the text it was cut from.
         first_char: The position of its first character in that text.
+        first_page: The page that its first character lies on there; ``None`` before the first page, or if the text
+            has none.
     """
 
     source: str
     name: str | None = None
     first_line: int = 1
     first_char: int = 0
+    first_page: int | None = None
 
     @cached_property
     def text(self) -> str:
@@ -87,6 +94,15 @@ class Segment:
         """Return the line, from 1, of a character of `text`, in the text it was cut from."""
         return self.first_line + bisect_right(self._line_starts, char) - 1
 
+    @cached_property
+    def _pages(self) -> list[tuple[int, int]]:
+        return [(match.start(), int(match[1])) for match in _PAGE.finditer(self.text)]
+
+    def page_of(self, char: int) -> int | None:
+        """Return the page of a character of `text`, or ``None`` if it lies on none."""
+        before = bisect_right(self._pages, (char, sys.maxsize))
+        return self._pages[before - 1][1] if before else self.first_page
+
 
 def cut(text: str, name: str | None = None, *, max_chars: int = 1 << 18) -> list[Segment]:
     """Cut a long text into segments at ends of paragraphs, lines, sentences or words, whichever is there.
@@ -95,7 +111,7 @@ def cut(text: str, name: str | None = None, *, max_chars: int = 1 << 18) -> list
     """
     text = unicodedata.normalize("NFC", text)
     segments: list[Segment] = []
-    start, line = 0, 1
+    start, line, page = 0, 1, None
     while start < len(text):
         end = start + max_chars
         if end < len(text):
@@ -103,8 +119,9 @@ def cut(text: str, name: str | None = None, *, max_chars: int = 1 << 18) -> list
                 if (at := text.rfind(mark, start + max_chars // 2, end)) >= 0:
                     end = at + len(mark)
                     break
-        segments.append(Segment(text[start:end], name, line, start))
+        segments.append(Segment(text[start:end], name, line, start, page))
         line += text.count("\n", start, end)
+        page = segments[-1].page_of(end - start)
         start = end
     return segments
 

@@ -5,7 +5,7 @@
     HOME/recall/<index fingerprint>/<segment digest>.keys     append-only, one record per chunk, memory-mapped
     HOME/recall/.locks/<fingerprint>-<digest>.lock            held by the one writer of a segment
 
-    .tokens   | magic, counts, crc32 of the rest | first characters | ids uint32 (n) | character starts uint32 (n + 1) |
+    .tokens   | magic, counts, crc32 of the rest | name, beginning | ids uint32 (n) | character starts uint32 (n + 1) |
     .keys     | record of chunk 0 | record of chunk 1 | ...            all of one size but the last chunk's
     record    | magic, chunk, tokens, crc32 (64 bytes) | pair 0: keys int8 (n, d), scales float32 (n) | pair 1: ... |
 
@@ -56,7 +56,17 @@ class Damage:
 
 @dataclass(frozen=True)
 class SegmentInfo:
-    """One segment on disk, as ``evermini contexts`` shows it."""
+    """One segment on disk, as ``evermini contexts`` shows it.
+
+    Attributes:
+        fingerprint: Of the index it is in.
+        digest: Of its text.
+        num_tokens: Its tokens.
+        num_bytes: What it takes on disk.
+        last_used: When, in seconds since 1970.
+        preview: Its first characters.
+        name: What it was called when it was ingested first, if it had a name.
+    """
 
     fingerprint: str
     digest: str
@@ -64,6 +74,7 @@ class SegmentInfo:
     num_bytes: int
     last_used: float
     preview: str
+    name: str | None = None
 
 
 class IndexedSegment:
@@ -228,7 +239,7 @@ class SegmentStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.folder / _CALIBRATION, self.calibration.to_json().encode())
         path = self.folder / f"{segment.digest}.tokens"
-        preview = " ".join(segment.text[: 4 * _PREVIEW_CHARS].split())[:_PREVIEW_CHARS].encode()
+        preview = _describe(segment).encode("utf-8", "replace")
         body = preview + ids.tobytes() + char_starts.tobytes()
         header = _TOKENS.pack(_TOKENS_MAGIC, len(ids), len(preview), zlib.crc32(body))
         _write_atomically(path, header + body)
@@ -295,8 +306,17 @@ class SegmentStore:
                     path.stat().st_size,
                     path.stat(),
                 )
+            name, _, preview = preview.rpartition("\n")
             found.append(
-                SegmentInfo(path.parent.name, path.stem, len(ids), size, stat.st_mtime, preview)
+                SegmentInfo(
+                    path.parent.name,
+                    path.stem,
+                    len(ids),
+                    size,
+                    stat.st_mtime,
+                    preview,
+                    name or None,
+                )
             )
         return sorted(found, key=lambda info: -info.last_used)
 
@@ -335,7 +355,7 @@ class _DamagedTokensError(Exception):
 
 
 def read_tokens(path: Path) -> tuple[Ids, Ids, str]:
-    """Return the ids, the character starts and the preview in a tokens file."""
+    """Return the ids, the character starts, and the description (`_describe`) in a tokens file."""
     data = path.read_bytes()
     try:
         magic, n, preview_bytes, crc = _TOKENS.unpack_from(data)
@@ -346,6 +366,15 @@ def read_tokens(path: Path) -> tuple[Ids, Ids, str]:
         raise _DamagedTokensError(str(path))
     numbers = np.frombuffer(data, np.uint32, 2 * n + 1, _TOKENS.size + preview_bytes)
     return numbers[:n], numbers[n:], bytes(body[:preview_bytes]).decode()
+
+
+def _describe(segment: Segment) -> str:
+    """Return a segment's name on a line of its own, if it has one, and its first characters on one line."""
+    preview = " ".join(segment.text[: 4 * _PREVIEW_CHARS].split())[:_PREVIEW_CHARS]
+    if segment.name is None:
+        return preview
+    name = " ".join(segment.name.split("\n"))
+    return f"{name}:{segment.first_line}\n{preview}" if segment.first_char else f"{name}\n{preview}"
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

@@ -48,6 +48,7 @@ class Passage:
         part: Number of the content part.
         characters: First and past-the-end character, in the document or else in the part.
         lines: First and last line, from 1, likewise.
+        pages: First and last page, in a text of pages.
         is_included: It is in the prompt; false: there was no room.
     """
 
@@ -57,6 +58,7 @@ class Passage:
     part: int
     characters: tuple[int, int]
     lines: tuple[int, int]
+    pages: tuple[int, int] | None
     is_included: bool
 
 
@@ -93,7 +95,11 @@ class Plan:
         owners = [
             piece for piece, found in zip(self.parts.long, self.pieces, strict=True) for _ in found
         ]
-        return tuple(_passage(span, owners[span.segment], span in included) for span in spans)
+        segments = self.segments
+        return tuple(
+            _passage(span, segments[span.segment], owners[span.segment], span in included)
+            for span in spans
+        )
 
 
 class Assembler:
@@ -141,12 +147,18 @@ class Assembler:
         if not skeleton:
             return None
         pieces = [cut(piece.text, piece.name) for piece in parts.long]
-        full = skeleton + sum(self.count(segment) for found in pieces for segment in found)
+        lengths = [sum(map(self.count, found)) for found in pieces]
+        full = skeleton + sum(lengths)
         if full > limit:
             raise ContextLengthError(
                 f"This model's maximum context length is {limit} tokens. However, your messages "
                 f"resulted in {full} tokens. Please reduce the length of the messages.",
                 param="messages",
+                documents={
+                    piece.name: length
+                    for piece, length in zip(parts.long, lengths, strict=True)
+                    if piece.name is not None
+                },
             )
         if (
             request.reading == "auto"
@@ -244,9 +256,11 @@ def _groups(parts: Parts) -> list[list[int]]:
     ]
 
 
-def _passage(span: Span, piece: Piece, is_included: bool) -> Passage:
+def _passage(span: Span, segment: Segment, piece: Piece, is_included: bool) -> Passage:
     start, end = span.chars
     first, last = span.lines
+    from_page = segment.page_of(start - segment.first_char)
+    to_page = segment.page_of(max(start, end - 1) - segment.first_char)
     shift = piece.first_line - 1
     return Passage(
         score=span.score,
@@ -255,5 +269,6 @@ def _passage(span: Span, piece: Piece, is_included: bool) -> Passage:
         part=piece.part,
         characters=(piece.first_char + start, piece.first_char + end),
         lines=(shift + first, shift + last),
+        pages=None if to_page is None else (from_page or to_page, to_page),
         is_included=is_included,
     )

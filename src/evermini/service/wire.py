@@ -134,6 +134,7 @@ def why(run: ChatRun) -> Json:
                     "part": passage.part,
                     "characters": list(passage.characters),
                     "lines": list(passage.lines),
+                    "pages": None if passage.pages is None else list(passage.pages),
                     "included": passage.is_included,
                 }
                 for passage in recalled.passages
