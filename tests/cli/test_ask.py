@@ -6,6 +6,7 @@ import re
 import pytest
 
 from evermini.cli.ask import build_prompt
+from tests.pdf_files import make_pdf
 
 pytestmark = pytest.mark.usefixtures("loaded_nano")
 
@@ -118,6 +119,84 @@ def test_a_file_longer_than_the_window_is_answered_from_what_it_says(evermini, t
     assert " cached)" in again.err
 
 
+def test_a_folder_is_read_once_and_an_edited_file_again(evermini, llm, tmp_path):
+    for i in range(12):
+        words = " ".join(f"Shelf {i} holds crate {j * 31 % 997}." for j in range(160))
+        (tmp_path / "store" / f"aisle{i % 3}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "store" / f"aisle{i % 3}" / f"shelf{i}.txt").write_text(words)
+    (tmp_path / "store/aisle1/parrot.txt").write_text(
+        "\n\nThe captain's parrot is called Biscuit.\n"
+    )
+    (tmp_path / "store/logo.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "store/.gitignore").write_text("*.log\n")
+    (tmp_path / "store/noise.log").write_text("The captain's parrot is called Gherkin.")
+    question = (
+        "ask",
+        "-f",
+        "store",
+        "--why",
+        "-v",
+        "--max-tokens",
+        "12",
+        "What is the captain's parrot called?",
+    )
+    first = evermini(*question)
+    assert first.code == 0, first.err
+    assert "Biscuit" in first.out
+    assert "Skipped 1 of 14 files: 1 binary\n  store/logo.png: binary\n" in first.err
+    assert re.search(r"store/aisle1/parrot\.txt:[13]", first.err)
+    recall = llm._served.reader._recall
+    passes = []
+    real = recall._index_chunk
+    recall._index_chunk = lambda segment, chunk: (
+        passes.append(segment.digest),
+        real(segment, chunk),
+    )
+    try:
+        assert "Biscuit" in evermini(*question).out
+        assert passes == []
+        (tmp_path / "store/aisle1/parrot.txt").write_text(
+            "The captain's parrot is called Gherkin.\n"
+        )
+        assert "Gherkin" in evermini(*question).out
+        assert len(passes) == 1
+    finally:
+        del recall._index_chunk
+
+
+def test_a_pdf_is_read_with_its_pages(evermini, tmp_path):
+    pages = [
+        " ".join(f"Box {p}-{i} holds {i * 37 % 1009} nails." for i in range(80)) for p in range(12)
+    ]
+    pages[7] += " The captain's parrot is called Biscuit."
+    pages[3] = ""
+    (tmp_path / "ship.pdf").write_bytes(make_pdf(pages))
+    result = evermini(
+        *("ask", "-f", "ship.pdf", "--why", "--max-tokens", "12"),
+        "What is the captain's parrot called?",
+    )
+    assert result.code == 0, result.err
+    assert "Biscuit" in result.out
+    assert "ship.pdf: no text on 1 of 12 pages (4); they may be scans" in result.err
+    assert re.search(r"ship\.pdf:\d+(-\d+)?  page (7-)?8(-9)?\b", result.err)
+
+
+def test_too_many_tokens_name_the_folders_before_anything_is_read(
+    evermini, llm, tmp_path, monkeypatch
+):
+    for i in range(20):
+        (tmp_path / "code" / f"part{i % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "code" / f"part{i % 2}" / f"{i}.py").write_text(
+            f"x{i} = 1\n" * (400 * (1 + 2 * (i % 2)))
+        )
+    monkeypatch.setattr(llm._served.reader, "max_prompt_tokens", 20_000)
+    result = evermini("ask", "-f", "code", "What is x3?")
+    assert (result.code, result.out) == (1, "")
+    assert re.search(r"maximum context length is 20000 tokens.* resulted in \d+ tokens", result.err)
+    assert "20 files are in it. Largest: code/part0/ (" in result.err
+    assert "--exclude" in result.err
+
+
 def test_why_of_what_fits(evermini):
     assert "Everything was read" in evermini("ask", "--why", "--max-tokens", "2", "Hello!").err
 
@@ -136,8 +215,10 @@ def test_what_does_not_fit_is_an_error_with_both_counts(evermini):
     [
         (["ask"], 2, "Give a question"),
         (["ask", "-f", "absent.txt", "Why?"], 1, "absent.txt cannot be read: No such file"),
-        (["ask", "-f", ".", "Why?"], 1, "cannot be read: Is a directory"),
-        (["ask", "-f", "picture.png", "Why?"], 1, "picture.png is not UTF-8 text (byte 0)"),
+        (["ask", "-f", ".", "Why?"], 1, "No file to read in .: 2 binary"),
+        (["ask", "-f", "*.md", "Why?"], 1, "No file to read in *.md: nothing is there"),
+        (["ask", "-f", "-", "Why?"], 1, "Nothing is piped in"),
+        (["ask", "-f", "picture.png", "Why?"], 1, "picture.png is a binary file"),
         (["ask", "-f", "zeros.bin", "Why?"], 1, "zeros.bin is a binary file"),
         (["ask", "--temperature", "3", "Why?"], 1, "temperature"),
         (["ask", "--temperature", "warm", "Why?"], 2, "--temperature"),
@@ -146,7 +227,7 @@ def test_what_does_not_fit_is_an_error_with_both_counts(evermini):
     ],
 )
 def test_mistakes_end_with_a_line_and_a_code(evermini, tmp_path, arguments, code, message):
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n\0")
     (tmp_path / "zeros.bin").write_bytes(b"\0\0\0")
     result = evermini(*arguments)
     assert (result.code, result.out) == (code, "")

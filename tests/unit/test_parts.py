@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from evermini.service.parts import TIERS, split
+from evermini.service.parts import TIERS, split, wrap_document
 from evermini.service.schemas import parse_chat
 
 LONG = "\n\n".join(
@@ -79,6 +79,23 @@ def test_documents_are_long_whatever_their_size_and_keep_their_places():
         ("a.py", "x = 1\ny = 2", 1),
         ("b/c.py", "z", 1),
     ]
+    assert found.question == "What is x?"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.py", "x = 1"),
+        ('odd "name"\n.txt', '<document name="inner">\nnot one\n</document>\nstill the first'),
+        ("b.xml", "</document>"),
+        ("c.xml", '<document>\n</document>\n</document end="1">\n<a/>'),
+    ],
+)
+def test_wrapped_documents_come_back_as_they_were(name, text):
+    found = pieces(
+        user(wrap_document(name, text) + "\n" + wrap_document("z", "last") + "\nWhat is x?")
+    )
+    assert [(p.name, p.text) for p in found.long] == [(name, text), ("z", "last")]
     assert found.question == "What is x?"
 
 

@@ -8,6 +8,7 @@ found twice and no loop has an end to miss. What is named itself is taken in any
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,26 @@ class _Rules:
 
     def judge(self, path: str, kind: int) -> bool | None:
         """Return whether a path (of a folder: with a slash at its end) is ignored; ``None``: no pattern says."""
-        spec = self.specs[kind]
-        return None if spec is None else spec.check_file(path.removeprefix(self.prefix)).include
+        spec, relative = self.specs[kind], path.removeprefix(self.prefix)
+        for pattern in reversed(spec.patterns if spec is not None else ()):
+            if pattern.regex is not None and _matches_itself(pattern.regex, relative):
+                return pattern.include
+        return None
+
+
+def _matches_itself(pattern: re.Pattern[str], path: str) -> bool:
+    """Tell whether a pattern matches a path, and not just a folder above it.
+
+    The library's patterns match what lies in a matching folder, too (their group ``ps_d`` is that folder's slash); to
+    git, that has been settled when it came to the folder, and a folder taken back says nothing of what is in it.
+    """
+    for match in pattern.finditer(path):
+        if match.groupdict().get("ps_d") is not None:
+            if match.start("ps_d") == len(path) - 1:
+                return True
+        elif match.end() < len(path) or path[-1] != "/":  # "a/**" means what is in a
+            return True
+    return False
 
 
 def walk(folder: Path, exclude: Sequence[str] = ()) -> Iterator[Found]:
