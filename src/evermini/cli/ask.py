@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from evermini.cli.files import ExcludeFlag, collect_documents, piped_input, too_long_by_folder
 from evermini.cli.options import MODEL_SETTINGS, with_settings
 from evermini.config import LoadedSettings
+from evermini.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from evermini.documents import Document
@@ -142,8 +144,10 @@ def _schema_format(path: Path) -> dict[str, Any]:
     Raises:
         InvalidRequestError: The file is no JSON object.
     """
+    from evermini.documents import read_file
+
     try:
-        definition = json.loads(_read_text(path))
+        definition = json.loads(read_file(path).text)
     except ValueError as error:
         raise InvalidRequestError(f"{path} is not JSON: {error}. Give a JSON schema.") from None
     if not isinstance(definition, dict):

@@ -7,7 +7,16 @@
 twice); `sizes.py` says which folders are the large ones.
 """
 
-from evermini.documents.collect import STDIN, Collection, Limits, Skipped, collect
+from evermini.documents.collect import STDIN, Collection, Limits, Skipped, collect, read_file
 from evermini.documents.read import Document, read_document
 
-__all__ = ["STDIN", "Collection", "Document", "Limits", "Skipped", "collect", "read_document"]
+__all__ = [
+    "STDIN",
+    "Collection",
+    "Document",
+    "Limits",
+    "Skipped",
+    "collect",
+    "read_document",
+    "read_file",
+]

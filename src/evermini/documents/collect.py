@@ -107,7 +107,7 @@ class _Collector:
 
     def add_file(self, path: Path) -> None:
         if self._is_new(path):
-            self.add(read_document(_read_bytes(path), path.as_posix()))
+            self.add(read_file(path))
 
     def add_folder(self, argument: str) -> None:
         """Add what a folder or glob holds; what is in it and was named before counts as found."""
@@ -183,11 +183,17 @@ def _read_found(path: Path, name: str, limits: Limits) -> Document | Skipped:
     return document
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_file(path: Path) -> Document:
+    """Read one file; its name is its path.
+
+    Raises:
+        InvalidRequestError: It cannot be read, or is no text.
+    """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}.") from error
+    return read_document(data, path.as_posix())
 
 
 def _nothing(argument: str, skipped: Iterable[Skipped]) -> str:
