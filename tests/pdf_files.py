@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def make_pdf(pages: list[str]) -> bytes:
-    """Return a PDF with a line of ASCII text per page; ``""`` is a page without text."""
+    """Return a PDF with these lines of ASCII text on its pages; ``""`` is a page without text."""
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",
@@ -12,7 +12,8 @@ def make_pdf(pages: list[str]) -> bytes:
         "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
     ]
     for i, text in enumerate(pages):
-        content = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET" if text else ""
+        lines = " ".join(f"({line}) Tj 0 -9 Td" for line in text.split("\n"))
+        content = f"BT /F1 8 Tf 40 770 Td {lines} ET" if text else ""
         objects.append(
             "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 R >> >> "
             f"/Contents {5 + 2 * i} 0 R >>"

@@ -166,9 +166,11 @@ def test_a_folder_is_read_once_and_an_edited_file_again(evermini, llm, tmp_path)
 
 def test_a_pdf_is_read_with_its_pages(evermini, tmp_path):
     pages = [
-        " ".join(f"Box {p}-{i} holds {i * 37 % 1009} nails." for i in range(80)) for p in range(12)
+        "\n".join(f"Box {p}-{i} holds {i * 37 % 1009} nails." for i in range(70)) for p in range(12)
     ]
-    pages[7] += " The captain's parrot is called Biscuit."
+    pages[7] = pages[7].replace(
+        "Box 7-40 holds", "The captain's parrot is called Biscuit. Box 7-40 holds"
+    )
     pages[3] = ""
     (tmp_path / "ship.pdf").write_bytes(make_pdf(pages))
     result = evermini(
