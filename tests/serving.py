@@ -45,7 +45,7 @@ def serving(
 def _serve(app: FastAPI) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(
-            app, log_level="warning", ws="none", lifespan="off", timeout_graceful_shutdown=2
+            app, log_level="warning", ws="none", lifespan="on", timeout_graceful_shutdown=2
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

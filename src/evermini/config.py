@@ -238,6 +238,12 @@ class Settings:
         shown="64MiB",
         metavar="SIZE",
     )
+    batch_requests: Annotated[int, Ge(1)] = _setting(
+        16,
+        "Requests of batches that run at the same time, behind those that somebody waits for.",
+        group="Server",
+        metavar="N",
+    )
     drain_timeout: Annotated[int, Ge(0), Le(86_400)] = _setting(
         30,
         "Seconds that running requests get to finish after SIGTERM or Ctrl-C.",

@@ -9,16 +9,23 @@ Runtime and database belong to the caller, who closes them after the server has 
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from evermini import __version__
-from evermini.api import chat, completions, errors, files, models, monitoring, stored_chats
+from evermini.api import batches, chat, completions, errors, files, models, monitoring, stored_chats
 from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
 from evermini.config import Settings
+from evermini.service.batches.requests import BatchService
+from evermini.service.batches.worker import BatchWorker
 from evermini.service.files import FileService
+from evermini.service.jobs import JobRunner
 from evermini.service.runtime import Runtime
+from evermini.storage.batches import JOB
 from evermini.storage.blobs import BlobStore
 from evermini.storage.database import Database
 
@@ -47,9 +54,18 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     middleware.append(
         Middleware(BodyLimit, limit=settings.max_request_bytes, by_path=files.BODY_LIMITS)
     )
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        jobs: JobRunner = app.state.jobs
+        jobs.start()
+        yield
+        await jobs.stop()
+
     app = FastAPI(
         title="Evermini",
         version=__version__,
+        lifespan=lifespan,
         middleware=middleware,
         redirect_slashes=False,
         openapi_url=None,  # the contract is OpenAI's; their description of it is the reference
@@ -58,7 +74,12 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     app.state.settings = settings
     app.state.database = database
     app.state.files = FileService(database, BlobStore.open(settings))
-    for module in (chat, stored_chats, completions, files, models, monitoring):
+    app.state.batches = BatchService(database, app.state.files)
+    worker = BatchWorker(
+        database, app.state.files, batches.executor(app), num_requests=settings.batch_requests
+    )
+    app.state.jobs = JobRunner(database, {JOB: worker})
+    for module in (chat, stored_chats, completions, files, batches, models, monitoring):
         app.include_router(module.router)
     errors.install(app)
     return app

@@ -34,6 +34,9 @@ EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "openai-version", "re
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 """Paths that are asked for every few seconds; they are logged for debugging only."""
 
+INTERNAL = "evermini.internal"
+"""Key of an ASGI scope that this process made itself, for a batch; nothing that comes in over a socket has it."""
+
 DISCARD_SECONDS = 5.0
 """How long the rest of a too large body is read and thrown away, so that its sender gets to read the answer."""
 
@@ -104,7 +107,7 @@ class Authentication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on if it has a key."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1"):
+        if scope["type"] == "http" and scope["path"].startswith("/v1") and INTERNAL not in scope:
             error = self._refusal(Headers(scope=scope).get("authorization", ""))
             if error is not None:
                 await error_response(error)(scope, receive, send)

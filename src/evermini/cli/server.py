@@ -26,6 +26,7 @@ def run_server(
     """Serve until SIGINT or SIGTERM, then let running requests finish."""
     config = uvicorn.Config(
         create_app(runtime, database, settings),
+        lifespan="on",  # a start that fails must not go on in silence
         log_config=None,
         access_log=False,
         server_header=False,

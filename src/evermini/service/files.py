@@ -13,7 +13,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -147,7 +147,7 @@ class FileService:
         now = int(time.time())
         seconds = lifetime(wanted.purpose, wanted.expires_after)
         file = StoredFile(
-            id=f"file-{_token(22)}",
+            id=f"file-{random_token(22)}",
             filename=filename,
             purpose=wanted.purpose,
             num_bytes=writer.num_bytes,
@@ -206,6 +206,49 @@ class FileService:
                 yield from self._blobs.read(piece.blob, first - at, last - at)
             at += piece.num_bytes
 
+    async def make(
+        self, chunks: Iterable[bytes], *, filename: str, purpose: str, seconds: int | None
+    ) -> StoredFile | None:
+        """Store the bytes of a file of our own making; the caller makes it known, with `add_file`.
+
+        Args:
+            chunks: Its bytes; iterated in a thread.
+            filename: Its name.
+            purpose: What it is.
+            seconds: How long it is kept; ``None``: until it is deleted.
+
+        Returns:
+            The file; ``None`` if there are no bytes.
+        """
+
+        def write() -> Piece | None:
+            writer = self._blobs.create()
+            try:
+                for data in chunks:
+                    writer.write(data)
+                if not writer.num_bytes:
+                    writer.discard()
+                    return None
+                writer.close()
+            except BaseException:
+                writer.discard()
+                raise
+            return Piece(writer.name, writer.num_bytes)
+
+        piece = await asyncio.to_thread(write)
+        if piece is None:
+            return None
+        now = int(time.time())
+        return StoredFile(
+            id=f"file-{random_token(22)}",
+            filename=filename,
+            purpose=purpose,
+            num_bytes=piece.num_bytes,
+            created_at=now,
+            expires_at=None if seconds is None else now + seconds,
+            pieces=(piece,),
+        )
+
     async def delete_expired(self) -> None:
         """Delete what has expired."""
         blobs = await self._database.run(self._files.delete_expired, time.time())
@@ -224,7 +267,7 @@ class FileService:
         check_name(filename, wanted.purpose)
         now = int(time.time())
         upload = StoredUpload(
-            id=f"upload_{_token(32)}",
+            id=f"upload_{random_token(32)}",
             filename=filename,
             purpose=wanted.purpose,
             num_bytes=wanted.bytes,
@@ -274,7 +317,7 @@ class FileService:
                 "announced. Create an upload with the file's length.",
                 param="data",
             )
-        part_id = f"part_{_token(32)}"
+        part_id = f"part_{random_token(32)}"
 
         def store() -> bool:
             writer.close()
@@ -299,7 +342,7 @@ class FileService:
         pieces = _pieces(upload, wanted.part_ids)
         now = int(time.time())
         file = StoredFile(
-            id=f"file-{_token(22)}",
+            id=f"file-{random_token(22)}",
             filename=upload.filename,
             purpose=upload.purpose,
             num_bytes=sum(piece.num_bytes for piece in pieces),
@@ -431,5 +474,6 @@ def _no_such_file(file_id: str) -> NotFoundError:
     return NotFoundError(f"No such File object: {file_id[:200]}", param="id")
 
 
-def _token(length: int) -> str:
+def random_token(length: int) -> str:
+    """Return letters and digits that nobody can guess, for an id."""
     return "".join(secrets.choice(_ALPHABET) for _ in range(length))

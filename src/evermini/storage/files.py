@@ -133,7 +133,7 @@ class FileStore:
     def add(self, file: StoredFile) -> None:
         """Store a file whose blobs are complete."""
         with self._database.writing() as session:
-            session.add(_row(file))
+            add_file(session, file)
 
     def get(self, file_id: str, now: float) -> StoredFile | None:
         """Return a file, ``None`` if there is none of that id or it has expired."""
@@ -256,7 +256,7 @@ class UploadStore:
             row.parts = []
             row.status, row.file_id = "completed", file.id
             session.flush()
-            session.add(_row(file))
+            add_file(session, file)
             return _stored_upload(row), free
 
     def cancel(self, upload_id: str, now: float) -> tuple[StoredUpload, Sequence[str]] | None:
@@ -293,18 +293,21 @@ def _pending(session: Session, upload_id: str, now: float) -> UploadRow | None:
     )
 
 
-def _row(file: StoredFile) -> FileRow:
-    return FileRow(
-        id=file.id,
-        filename=file.filename,
-        purpose=file.purpose,
-        num_bytes=file.num_bytes,
-        created_at=file.created_at,
-        expires_at=file.expires_at,
-        blobs=[
-            FileBlobRow(position=position, blob=piece.blob, num_bytes=piece.num_bytes)
-            for position, piece in enumerate(file.pieces)
-        ],
+def add_file(session: Session, file: StoredFile) -> None:
+    """Store a file, whose blobs are complete, as part of another change."""
+    session.add(
+        FileRow(
+            id=file.id,
+            filename=file.filename,
+            purpose=file.purpose,
+            num_bytes=file.num_bytes,
+            created_at=file.created_at,
+            expires_at=file.expires_at,
+            blobs=[
+                FileBlobRow(position=position, blob=piece.blob, num_bytes=piece.num_bytes)
+                for position, piece in enumerate(file.pieces)
+            ],
+        )
     )
 
 

@@ -1,0 +1,81 @@
+"""``/v1/batches``: created, read, listed, cancelled; and the way that their requests take through the application."""
+
+from __future__ import annotations
+
+import httpx
+from fastapi import APIRouter
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from evermini.api.body import read_request
+from evermini.api.errors import JsonResponse
+from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.api.middleware import INTERNAL
+from evermini.service.batches.requests import BatchService, parse_batch
+from evermini.service.batches.worker import Execute
+from evermini.service.jobs import JobRunner
+
+router = APIRouter(prefix="/v1/batches")
+
+
+@router.post("")
+async def create_batch(request: Request) -> Response:
+    """Create a batch."""
+    wanted = await read_request(request, parse_batch)
+    batch = await _service(request).create(wanted)
+    jobs: JobRunner = request.app.state.jobs
+    jobs.poke()
+    return JsonResponse(batch.body)
+
+
+@router.get("")
+async def list_batches(request: Request) -> Response:
+    """List batches, the newest first."""
+    cursor = read_cursor(request, order="desc")
+    found = await _service(request).list(cursor)
+    if found is None:
+        raise no_such_cursor(cursor)
+    return JsonResponse(list_object([batch.body for batch in found.rows], found.has_more))
+
+
+@router.get("/{batch_id}")
+async def retrieve_batch(request: Request, batch_id: str) -> Response:
+    """Return a batch."""
+    return JsonResponse((await _service(request).get(batch_id)).body)
+
+
+@router.post("/{batch_id}/cancel")
+async def cancel_batch(request: Request, batch_id: str) -> Response:
+    """Let a batch end early."""
+    return JsonResponse((await _service(request).cancel(batch_id)).body)
+
+
+def executor(app: ASGIApp) -> Execute:
+    """Return what sends a batch's requests to the application itself: the same answers, the same errors.
+
+    They need no key (whoever created the batch had one) and yield to requests that somebody waits for.
+    """
+
+    async def internal(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[INTERNAL] = True
+        await app(scope, receive, send)
+
+    client = httpx.AsyncClient(
+        transport=httpx.ASGITransport(internal, raise_app_exceptions=False),
+        base_url="http://batch",
+        timeout=None,
+    )
+
+    async def execute(endpoint: str, body: bytes) -> tuple[int, str, object]:
+        headers = {"content-type": "application/json"}
+        answer = await client.post(endpoint, content=body, headers=headers)
+        return answer.status_code, answer.headers["x-request-id"], from_json(answer.content)
+
+    return execute
+
+
+def _service(request: Request) -> BatchService:
+    service: BatchService = request.app.state.batches
+    return service

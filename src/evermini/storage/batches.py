@@ -1,0 +1,335 @@
+"""Batches, and the results of their lines until these are in the output file.
+
+A result is written once: its line is the key, and the writer must hold the batch's job. The files that a batch ends
+with, its new state, and the end of its job are one transaction.
+
+    validating -> in_progress -> finalizing -> completed
+        |             |-> cancelling -> cancelled
+        v             +-> expired
+      failed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy import ForeignKey, delete, func, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from evermini.storage.database import Database
+from evermini.storage.files import StoredFile, add_file
+from evermini.storage.jobs import Job, enqueue, finish, hold
+from evermini.storage.schema import Base, Cursor, Json, Number, Page, page
+
+JOB = "batch"
+FINAL = ("failed", "completed", "expired", "cancelled")
+_RESULTS_READ = 500
+
+
+class BatchRow(Base):
+    """A batch; ``body`` is all of it that clients see and nobody searches for."""
+
+    __tablename__ = "batches"
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    status: Mapped[str]
+    body: Mapped[Json]
+    output_seconds: Mapped[int | None]
+
+
+class BatchResultRow(Base):
+    """The result of one line; ``text`` is its line of the output or error file."""
+
+    __tablename__ = "batch_results"
+
+    batch: Mapped[int] = mapped_column(
+        ForeignKey(BatchRow.number, ondelete="CASCADE"), primary_key=True
+    )
+    line: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    is_error: Mapped[bool]
+    text: Mapped[str]
+    input_tokens: Mapped[int] = mapped_column(Number)
+    cached_tokens: Mapped[int] = mapped_column(Number)
+    output_tokens: Mapped[int] = mapped_column(Number)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a line, or all of them, used."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a line, counted from 0; ``text`` is its line of the output or error file."""
+
+    line: int
+    is_error: bool
+    text: str
+    tokens: Tokens = field(default_factory=Tokens)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Lines that are done, and what they used."""
+
+    completed: int
+    failed: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """A batch as clients see it, and how long its files are kept (``None``: until they are deleted)."""
+
+    body: Json
+    output_seconds: int | None
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return str(self.body["id"])
+
+    @property
+    def status(self) -> str:
+        """Its status."""
+        return str(self.body["status"])
+
+
+class BatchStore:
+    """Reads and writes batches."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, batch: StoredBatch, now: float) -> None:
+        """Store a new batch and the job to work on it."""
+        with self._database.writing() as session:
+            session.add(
+                BatchRow(
+                    id=batch.id,
+                    status=batch.status,
+                    body=batch.body,
+                    output_seconds=batch.output_seconds,
+                )
+            )
+            enqueue(session, JOB, batch.id, now)
+
+    def get(self, batch_id: str) -> StoredBatch | None:
+        """Return a batch with its counts as they are now, ``None`` if there is none of that id."""
+        with self._database.reading() as session:
+            row = _find(session, batch_id)
+            return None if row is None else _stored(session, row)
+
+    def list(self, cursor: Cursor) -> Page[StoredBatch] | None:
+        """Return a page; ``None`` if there is no batch ``cursor.after``."""
+        with self._database.reading() as session:
+            after = None
+            if cursor.after is not None:
+                before = _find(session, cursor.after)
+                if before is None:
+                    return None
+                after = before.number
+            found = page(session, select(BatchRow), BatchRow.number, after, cursor)
+            return Page([_stored(session, row) for row in found.rows], found.has_more)
+
+    def cancel(self, batch_id: str, now: int) -> StoredBatch | None:
+        """Let a batch end early, unless it has ended; return it, ``None`` if there is none of that id."""
+        with self._database.writing() as session:
+            row = _find(session, batch_id, lock=True)
+            if row is None:
+                return None
+            if row.status in ("validating", "in_progress"):
+                _set(row, status="cancelling", cancelling_at=now)
+            return _stored(session, row)
+
+    # By the worker
+
+    def begin(self, job: Job, total: int, model: str | None, now: int) -> None:
+        """Note that a batch's lines are valid.
+
+        Raises:
+            LeaseLostError: The job is another's.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            counts = {"total": total, "completed": 0, "failed": 0}
+            _set(row, request_counts=counts, model=model)
+            if row.status == "validating":
+                _set(row, status="in_progress", in_progress_at=now)
+
+    def fail(self, job: Job, errors: Sequence[Json], now: int) -> None:
+        """End a batch whose lines are not valid.
+
+        Raises:
+            LeaseLostError: The job is another's.
+        """
+        with self._database.writing() as session:
+            row = _require(session, job)
+            listed = {"object": "list", "data": list(errors)}
+            _set(row, status="failed", failed_at=now, errors=listed)
+            finish(session, job)
+
+    def done_lines(self, batch_id: str) -> set[int]:
+        """Return the lines that have a result."""
+        with self._database.reading() as session:
+            row = _find(session, batch_id)
+            if row is None:
+                return set()
+            query = select(BatchResultRow.line).where(BatchResultRow.batch == row.number)
+            return set(session.scalars(query))
+
+    def add_results(self, job: Job, results: Sequence[Result]) -> str:
+        """Store results, each of them once, and return the batch's status.
+
+        Raises:
+            LeaseLostError: The job is another's.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            session.add_all(
+                BatchResultRow(
+                    batch=row.number,
+                    line=result.line,
+                    is_error=result.is_error,
+                    text=result.text,
+                    input_tokens=result.tokens.input,
+                    cached_tokens=result.tokens.cached,
+                    output_tokens=result.tokens.output,
+                )
+                for result in results
+            )
+            return row.status
+
+    def set_status(self, job: Job, status: str, now: int) -> None:
+        """Change a batch's status, and the time that goes with it.
+
+        Raises:
+            LeaseLostError: The job is another's.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            _set(_require(session, job), **{"status": status, f"{status}_at": now})
+
+    def results(self, batch_id: str, *, errors: bool) -> Iterator[str]:
+        """Yield the lines of the output file, or of the error file, in the input's order."""
+        last = -1
+        while True:
+            with self._database.reading() as session:
+                row = _find(session, batch_id)
+                assert row is not None
+                query = (
+                    select(BatchResultRow)
+                    .where(
+                        BatchResultRow.batch == row.number,
+                        BatchResultRow.is_error == errors,
+                        BatchResultRow.line > last,
+                    )
+                    .order_by(BatchResultRow.line)
+                    .limit(_RESULTS_READ)
+                )
+                found = session.scalars(query).all()
+            for result in found:
+                yield result.text
+            if len(found) < _RESULTS_READ:
+                return
+            last = found[-1].line
+
+    def end(
+        self,
+        job: Job,
+        status: str,
+        output: StoredFile | None,
+        errors: StoredFile | None,
+        now: int,
+    ) -> None:
+        """End a batch: its files, its state and the end of its job are one change; the results lie in the files now.
+
+        Raises:
+            LeaseLostError: The job is another's.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            counts = _counts(session, row)
+            for file in (output, errors):
+                if file is not None:
+                    add_file(session, file)
+            _set(
+                row,
+                **_shown(row, counts),
+                **{"status": status, f"{status}_at": now},
+                output_file_id=output and output.id,
+                error_file_id=errors and errors.id,
+            )
+            session.execute(delete(BatchResultRow).where(BatchResultRow.batch == row.number))
+            finish(session, job)
+
+
+def _find(session: Session, batch_id: str, *, lock: bool = False) -> BatchRow | None:
+    query = select(BatchRow).where(BatchRow.id == batch_id)
+    return session.scalar(query.with_for_update() if lock else query)
+
+
+def _require(session: Session, job: Job) -> BatchRow:
+    row = _find(session, job.subject, lock=True)
+    assert row is not None, "batches are never deleted"
+    return row
+
+
+def _set(row: BatchRow, **values: object) -> None:
+    """Change what clients see; a new object, since SQLAlchemy does not look inside."""
+    row.body = {**row.body, **values}
+    row.status = row.body["status"]
+
+
+def _counts(session: Session, row: BatchRow) -> Counts:
+    totals = {
+        is_error: rest
+        for is_error, *rest in session.execute(
+            select(
+                BatchResultRow.is_error,
+                func.count(),
+                func.sum(BatchResultRow.input_tokens),
+                func.sum(BatchResultRow.cached_tokens),
+                func.sum(BatchResultRow.output_tokens),
+            )
+            .where(BatchResultRow.batch == row.number)
+            .group_by(BatchResultRow.is_error)
+        )
+    }
+    good = totals.get(False, [0, 0, 0, 0])
+    bad = totals.get(True, [0, 0, 0, 0])
+    tokens = [int(a) + int(b) for a, b in zip(good[1:], bad[1:], strict=True)]
+    return Counts(int(good[0]), int(bad[0]), Tokens(*tokens))
+
+
+def _shown(row: BatchRow, counts: Counts) -> Json:
+    return {
+        "request_counts": {
+            **row.body["request_counts"],
+            "completed": counts.completed,
+            "failed": counts.failed,
+        },
+        "usage": {
+            "input_tokens": counts.tokens.input,
+            "input_tokens_details": {"cached_tokens": counts.tokens.cached},
+            "output_tokens": counts.tokens.output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": counts.tokens.input + counts.tokens.output,
+        },
+    }
+
+
+def _stored(session: Session, row: BatchRow) -> StoredBatch:
+    body = row.body
+    if row.status not in FINAL:
+        body = {**body, **_shown(row, _counts(session, row))}
+    return StoredBatch(body, row.output_seconds)

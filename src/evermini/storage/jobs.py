@@ -1,0 +1,145 @@
+"""Work that outlives a request and a process: who does it, until when nobody else may, and when it is tried again.
+
+A job is stored in the transaction that makes its subject (a batch, say), so neither exists without the other. The
+process that works on it holds a lease, which it renews while it lives; a job whose lease has run out may be claimed by
+any process. A claim carries the number of the attempt: a process that was only slow, and whose job was claimed in the
+meantime, finds out at its next write and leaves it alone.
+
+    waiting (from run_after on)  ->  leased  ->  deleted when done
+                ^                      |
+                +---- retry, release, lease run out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import Double, delete, select, update
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from evermini.errors import StorageError
+from evermini.storage.database import Database
+from evermini.storage.schema import Base, Number
+
+
+class JobRow(Base):
+    """A job; times are Unix times. ``owner`` and ``lease_expires`` are null while it waits."""
+
+    __tablename__ = "jobs"
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    kind: Mapped[str]
+    subject: Mapped[str] = mapped_column(unique=True)
+    run_after: Mapped[float] = mapped_column(Double)
+    num_attempts: Mapped[int]
+    owner: Mapped[str | None]
+    lease_expires: Mapped[float | None] = mapped_column(Double)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A claimed job.
+
+    Attributes:
+        kind: What there is to do.
+        subject: Id of what it is done to.
+        attempt: Counts the claims, from 1.
+        owner: Who has claimed it.
+    """
+
+    kind: str
+    subject: str
+    attempt: int
+    owner: str
+
+
+class LeaseLostError(StorageError):
+    """Another process works on the job, or it was deleted; this one must leave it alone."""
+
+
+class JobStore:
+    """Reads and writes jobs."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def claim(self, owner: str, kinds: Collection[str], now: float, lease: float) -> Job | None:
+        """Return the oldest job that nobody works on, claimed for ``lease`` seconds."""
+        free = JobRow.lease_expires.is_(None) | (JobRow.lease_expires <= now)
+        query = (
+            select(JobRow)
+            .where(JobRow.kind.in_(kinds), JobRow.run_after <= now, free)
+            .order_by(JobRow.number)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        with self._database.writing() as session:
+            row = session.scalar(query)
+            if row is None:
+                return None
+            row.owner, row.lease_expires = owner, now + lease
+            row.num_attempts += 1
+            return Job(row.kind, row.subject, row.num_attempts, owner)
+
+    def renew(self, job: Job, now: float, lease: float) -> None:
+        """Keep a job for ``lease`` more seconds.
+
+        Raises:
+            LeaseLostError: It is another's.
+        """
+        with self._database.writing() as session:
+            done = session.execute(
+                update(JobRow).where(*_mine(job)).values(lease_expires=now + lease)
+            )
+            _require(done.rowcount, job)  # type: ignore[attr-defined]
+
+    def retry(self, job: Job, run_after: float) -> None:
+        """Give a job back, to be done from ``run_after`` on; does nothing if it is another's."""
+        with self._database.writing() as session:
+            session.execute(
+                update(JobRow)
+                .where(*_mine(job))
+                .values(owner=None, lease_expires=None, run_after=run_after)
+            )
+
+
+def enqueue(session: Session, kind: str, subject: str, now: float) -> None:
+    """Add a job as part of another change."""
+    session.add(JobRow(kind=kind, subject=subject, run_after=now, num_attempts=0))
+
+
+def hold(session: Session, job: Job) -> None:
+    """Make sure, as part of another change, that the job is still its worker's when the change is made.
+
+    Raises:
+        LeaseLostError: It is another's.
+    """
+    number = session.scalar(select(JobRow.number).where(*_mine(job)).with_for_update())
+    _require(number is not None, job)
+
+
+def finish(session: Session, job: Job) -> None:
+    """Delete a job that is done, as part of another change.
+
+    Raises:
+        LeaseLostError: It is another's.
+    """
+    done = session.execute(delete(JobRow).where(*_mine(job)))
+    _require(done.rowcount, job)  # type: ignore[attr-defined]
+
+
+def _mine(job: Job):  # type: ignore[no-untyped-def]  # SQLAlchemy's types of conditions say nothing to a reader
+    return (
+        JobRow.subject == job.subject,
+        JobRow.owner == job.owner,
+        JobRow.num_attempts == job.attempt,
+    )
+
+
+def _require(is_mine: object, job: Job) -> None:
+    if not is_mine:
+        raise LeaseLostError(
+            f"The job {job.kind} {job.subject} is not this process's any more: it was cancelled, or its lease ran out "
+            "and another process has taken it up."
+        )
