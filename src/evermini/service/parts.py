@@ -113,12 +113,13 @@ def _split_part(
     if min_chars is None:
         return [Piece(text, False, message, part)]
     found: list[Piece] = []
-    at = 0
+    at, line = 0, 1
     for name, start, body, end in _documents(text):
-        found += _split_plain(text, at, start, message, part, False, min_chars)
+        found += _split_plain(text, at, start, line, message, part, False, min_chars)
         found.append(Piece(body, True, message, part, name))
+        line += text.count("\n", at, end)
         at = end
-    return found + _split_plain(text, at, len(text), message, part, is_last, min_chars)
+    return found + _split_plain(text, at, len(text), line, message, part, is_last, min_chars)
 
 
 def _documents(text: str) -> list[tuple[str, int, str, int]]:
@@ -151,9 +152,16 @@ def wrap_document(name: str, text: str) -> str:
 
 
 def _split_plain(
-    text: str, start: int, end: int, message: int, part: int, is_last: bool, min_chars: int
+    text: str,
+    start: int,
+    end: int,
+    line: int,
+    message: int,
+    part: int,
+    is_last: bool,
+    min_chars: int,
 ) -> list[Piece]:
-    """Cut ``text[start:end]``, which holds no document, into head, long body and question."""
+    """Cut ``text[start:end]``, which holds no document and begins on ``line``, into head, long body and question."""
     if start == end:
         return []
     first, last = start, end
@@ -163,7 +171,7 @@ def _split_plain(
             last = _question_start(text, first, end)
     cuts = [(start, first, False), (first, last, end - start >= min_chars), (last, end, False)]
     return [
-        Piece(text[a:b], is_long, message, part, None, a, text.count("\n", 0, a) + 1)
+        Piece(text[a:b], is_long, message, part, None, a, line + text.count("\n", start, a))
         for a, b, is_long in cuts
         if a < b
     ]

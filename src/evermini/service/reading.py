@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from evermini.errors import EngineStoppedError
+from evermini.recall.calibration import find_calibration
 from evermini.recall.load import Indexer
 from evermini.recall.recall import Progress, Recall, Selection
 from evermini.recall.segment import Segment
@@ -187,7 +188,9 @@ class LongReader:
     def _known_tokens(self, digest: str) -> int | None:
         if self.indexer.tokenizer is not self._tokenizer:
             return None  # the index counts in other tokens
-        indexed = self._recall.store.open(digest) if self._recall else None
+        if self._recall is None and find_calibration(self.home, self.indexer.weights) is None:
+            return None  # nothing can be indexed yet, and calibrating takes too long for a plan
+        indexed = self.recall().store.open(digest)
         return len(indexed.ids) if indexed else None
 
     def recall(self) -> Recall:
