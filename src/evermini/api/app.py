@@ -17,13 +17,25 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from evermini import __version__
-from evermini.api import batches, chat, completions, errors, files, models, monitoring, stored_chats
+from evermini.api import (
+    batches,
+    chat,
+    completions,
+    conversations,
+    errors,
+    files,
+    models,
+    monitoring,
+    responses,
+    stored_chats,
+)
 from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
 from evermini.config import Settings
 from evermini.service.batches.requests import BatchService
 from evermini.service.batches.worker import BatchWorker
 from evermini.service.files import FileService
 from evermini.service.jobs import JobRunner
+from evermini.service.responses.service import Responses
 from evermini.service.runtime import Runtime
 from evermini.storage.batches import JOB
 from evermini.storage.blobs import BlobStore
@@ -54,12 +66,15 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     middleware.append(
         Middleware(BodyLimit, limit=settings.max_request_bytes, by_path=files.BODY_LIMITS)
     )
+    service = Responses(runtime, database)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         jobs: JobRunner = app.state.jobs
         jobs.start()
+        service.background.start()
         yield
+        await service.background.stop(settings.drain_timeout)
         await jobs.stop()
 
     app = FastAPI(
@@ -79,7 +94,18 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         database, app.state.files, batches.executor(app), num_requests=settings.batch_requests
     )
     app.state.jobs = JobRunner(database, {JOB: worker})
-    for module in (chat, stored_chats, completions, files, batches, models, monitoring):
+    app.state.responses = service
+    for module in (
+        chat,
+        stored_chats,
+        responses,
+        conversations,
+        completions,
+        files,
+        batches,
+        models,
+        monitoring,
+    ):
         app.include_router(module.router)
     errors.install(app)
     return app

@@ -22,9 +22,10 @@ HEARTBEAT = b": keep-alive\n\n"
 HEARTBEAT_SECONDS = 15.0
 
 
-def data(content: Any) -> bytes:
-    """Return one event."""
-    return b"data: " + to_json(content) + b"\n\n"
+def data(content: Any, name: str | None = None) -> bytes:
+    """Return one event, with a name if its consumers go by names."""
+    head = f"event: {name}\n".encode() if name else b""
+    return head + b"data: " + to_json(content) + b"\n\n"
 
 
 class EventStream(Response):

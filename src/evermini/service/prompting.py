@@ -27,21 +27,22 @@ async def make_prompt(
             "'recall' on.",
             param="x_evermini.reading",
         )
-    texts = [message.text() for message in request.messages]
-    num_characters = sum(map(len, texts))
-    prompt: Sequence[int] | None = None
-
-    async def whole() -> Sequence[int]:
-        return await tokenise(num_characters, encode, served.template, request, texts)
-
     if reader is None or request.reading == "dense":
-        return await whole(), None
+        return await whole_prompt(served, request), None
+    num_characters = sum(len(message.text()) for message in request.messages)
+    prompt: Sequence[int] | None = None
     if request.reading == "auto" and num_characters <= _SURELY_LONG * window:
-        prompt = await whole()
+        prompt = await whole_prompt(served, request)
         if len(prompt) + (request.max_output or least_room(window)) <= window:
             return prompt, None
     plan = await reader.plan(request, window=window)
     if plan is None:
-        return await whole() if prompt is None else prompt, None
+        return await whole_prompt(served, request) if prompt is None else prompt, None
     recalled = await reader.read(request, plan, progress)
     return recalled.prompt, recalled
+
+
+async def whole_prompt(served: ServedModel, request: ChatRequest) -> Sequence[int]:
+    """Return the conversation as token ids, whatever its length."""
+    texts = [message.text() for message in request.messages]
+    return await tokenise(sum(map(len, texts)), encode, served.template, request, texts)

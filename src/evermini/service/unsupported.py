@@ -39,7 +39,7 @@ def plain_chat(body: object) -> object:
     """
     if not isinstance(body, dict):
         return body
-    body = _without_unsupported(body, CHAT_UNSUPPORTED, "")
+    body = without(body, CHAT_UNSUPPORTED, "")
     if isinstance(body.get("messages"), list):
         body["messages"] = [
             _plain_message(message, f"messages[{number}]")
@@ -56,13 +56,13 @@ def plain_completion(body: object) -> object:
     """
     if not isinstance(body, dict):
         return body
-    return _without_unsupported(body, COMPLETION_UNSUPPORTED, "")
+    return without(body, COMPLETION_UNSUPPORTED, "")
 
 
 def _plain_message(message: object, path: str) -> object:
     if not isinstance(message, dict):
         return message
-    message = _without_unsupported(message, MESSAGE_UNSUPPORTED, f"{path}.")
+    message = without(message, MESSAGE_UNSUPPORTED, f"{path}.")
     if isinstance(message.get("content"), list):
         message["content"] = [
             _plain_part(part, f"{path}.content[{number}]")
@@ -76,23 +76,33 @@ def _plain_part(part: object, path: str) -> object:
         return part
     kind = part.get("type")
     if isinstance(kind, str) and kind in UNSUPPORTED_PARTS:
-        raise _unsupported(f"{path}.type", f"Content parts of type '{kind}' are")
-    return _without_unsupported(part, PART_UNSUPPORTED, f"{path}.")
+        raise refusal(f"{path}.type", f"Content parts of type '{kind}' are")
+    return without(part, PART_UNSUPPORTED, f"{path}.")
 
 
-def _without_unsupported(
+def without(
     body: dict[str, Any], table: Mapping[str, tuple[object, ...]], prefix: str
 ) -> dict[str, Any]:
-    """Return a copy without the table's fields; all of them must be off."""
+    """Return a copy without the table's fields.
+
+    Args:
+        body: The object.
+        table: Its fields that are not acted on -> the values, besides null, that ask for nothing.
+        prefix: Of the fields' paths.
+
+    Raises:
+        UnsupportedParameterError: One of them asks for something.
+    """
     for name, off in table.items():
         value = body.get(name)
         # `==` alone would let 0 pass for False.
         if value is not None and not any(value == v and type(value) is type(v) for v in off):
-            raise _unsupported(f"{prefix}{name}", f"The parameter '{prefix}{name}' is")
+            raise refusal(f"{prefix}{name}", f"The parameter '{prefix}{name}' is")
     return {name: value for name, value in body.items() if name not in table}
 
 
-def _unsupported(param: str, what: str) -> UnsupportedParameterError:
+def refusal(param: str, what: str) -> UnsupportedParameterError:
+    """Return the error for what is not acted on; ``what`` is a subject and its verb."""
     return UnsupportedParameterError(
         f"{what} not supported by this server. Leave it out. (Ignoring it would change the answer.)",
         param=param,

@@ -36,21 +36,28 @@ _EXPECTED = {
 }
 
 
-def parse(model: type[RequestT], body: object) -> RequestT:
+def parse(model: type[RequestT], body: object, path: str = "") -> RequestT:
     """Validate ``body`` (decoded JSON) against ``model``.
+
+    Args:
+        model: What it should be.
+        body: What it is.
+        path: Where it stands, if it is a part of the request.
 
     Raises:
         InvalidRequestError: With OpenAI's wording, and ``param`` naming the field (``messages[0].role``).
     """
     if not isinstance(body, dict):
+        where = f"'{path}'" if path else "the request body"
         raise InvalidRequestError(
-            f"Invalid type for the request body: expected an object, but got {_named(body)} instead.",
+            f"Invalid type for {where}: expected an object, but got {_named(body)} instead.",
+            param=path or None,
             code="invalid_type",
         )
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        raise _translate(error.errors(include_url=False)) from None
+        raise _translate(error.errors(include_url=False), path) from None
 
 
 def wrong_type(expected: str) -> PydanticCustomError:
@@ -86,9 +93,8 @@ def check_variant(variant: BaseModel, path: str, fields: Mapping[str, str]) -> N
             )
 
 
-def field_path(loc: Sequence[int | str]) -> str:
-    """Return ``("messages", 0, "role")`` as ``messages[0].role``."""
-    path = ""
+def field_path(loc: Sequence[int | str], path: str = "") -> str:
+    """Return ``("messages", 0, "role")`` as ``messages[0].role``, below ``path``."""
     for part in loc:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path
@@ -113,12 +119,12 @@ def _named(value: object) -> str:
             return "an object"
 
 
-def _translate(errors: list[ErrorDetails]) -> InvalidRequestError:
+def _translate(errors: list[ErrorDetails], below: str) -> InvalidRequestError:
     """Turn pydantic's findings into one error; unknown arguments come first, as at OpenAI."""
     unknown = [
         str(e["loc"][0]) for e in errors if e["type"] == "extra_forbidden" and len(e["loc"]) == 1
     ]
-    if unknown:
+    if unknown and not below:
         word = "argument" if len(unknown) == 1 else "arguments"
         return InvalidRequestError(
             f"Unrecognized request {word} supplied: {', '.join(unknown)}",
@@ -126,7 +132,7 @@ def _translate(errors: list[ErrorDetails]) -> InvalidRequestError:
             code="unknown_parameter",
         )
     error = errors[0]
-    path = field_path([part for part in error["loc"] if part != "[key]"])
+    path = field_path([part for part in error["loc"] if part != "[key]"], below)
     message, code = _describe(error, path)
     return InvalidRequestError(message, param=path, code=code)
 

@@ -259,11 +259,12 @@ def _chat_chunk(
 def _chat_logprobs(run: ChatRun, tokens: Sequence[ScoredToken]) -> Json | None:
     if not run.request.logprobs:
         return None
-    tokenizer = run.served.tokenizer
-    return {
-        "content": [_chat_token(tokenizer, scored.logprob) for scored in tokens],
-        "refusal": None,
-    }
+    return {"content": token_logprobs(run.served.tokenizer, tokens), "refusal": None}
+
+
+def token_logprobs(tokenizer: Tokenizer, tokens: Sequence[ScoredToken]) -> list[Json]:
+    """Return tokens' log-probabilities as chat completions and responses show them."""
+    return [_chat_token(tokenizer, scored.logprob) for scored in tokens]
 
 
 def _chat_token(tokenizer: Tokenizer, scored: TokenLogprob) -> Json:

@@ -35,7 +35,7 @@ class ConversationItemRow(Base):
     conversation: Mapped[int] = mapped_column(
         ForeignKey(ConversationRow.number, ondelete="CASCADE")
     )
-    id: Mapped[str]
+    id: Mapped[str] = mapped_column(index=True)
     body: Mapped[Json]
 
 
@@ -153,6 +153,16 @@ class ConversationStore:
                 raise KeyError(item_id)
             session.delete(item)
             return _stored(row)
+
+
+def find_item(session: Session, item_id: str) -> Json | None:
+    """Return the newest item of that id in any conversation."""
+    return session.scalar(
+        select(ConversationItemRow.body)
+        .where(ConversationItemRow.id == item_id)
+        .order_by(ConversationItemRow.number.desc())
+        .limit(1)
+    )
 
 
 def append_items(session: Session, conversation_id: str, items: Sequence[Json]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import Double, ForeignKey, Select, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from evermini.storage.conversations import append_items
+from evermini.storage.conversations import append_items, find_item
 from evermini.storage.database import Database
 from evermini.storage.schema import Base, Json, Number
 
@@ -49,6 +49,17 @@ class ResponseEventRow(Base):
     )
     sequence_number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     body: Mapped[Json]
+
+
+class ResponseItemRow(Base):
+    """The id of one item of a response's input or output, by which later requests may refer to it."""
+
+    __tablename__ = "response_items"
+
+    response: Mapped[int] = mapped_column(
+        ForeignKey(ResponseRow.number, ondelete="CASCADE"), primary_key=True
+    )
+    id: Mapped[str] = mapped_column(primary_key=True, index=True)
 
 
 @dataclass(frozen=True)
@@ -117,20 +128,21 @@ class ResponseStore:
             addition: What it adds to its conversation.
         """
         with self._database.writing() as session:
-            session.add(
-                ResponseRow(
-                    id=response.id,
-                    previous_id=response.body["previous_response_id"],
-                    status=response.body["status"],
-                    body=response.body,
-                    items=response.items,
-                    request=response.request,
-                    is_resumable=response.is_resumable,
-                    owner=lease and lease.owner,
-                    lease_expires=lease and lease.expires,
-                    num_attempts=response.num_attempts,
-                )
+            row = ResponseRow(
+                id=response.id,
+                previous_id=response.body["previous_response_id"],
+                status=response.body["status"],
+                body=response.body,
+                items=response.items,
+                request=response.request,
+                is_resumable=response.is_resumable,
+                owner=lease and lease.owner,
+                lease_expires=lease and lease.expires,
+                num_attempts=response.num_attempts,
             )
+            session.add(row)
+            session.flush()
+            _add_item_ids(session, row)
             if addition is not None:
                 append_items(session, addition.conversation_id, addition.items)
 
@@ -167,6 +179,22 @@ class ResponseStore:
         with self._database.reading() as session:
             return [_stored(row) for row in session.scalars(query)]
 
+    def find_item(self, item_id: str) -> Json | None:
+        """Return the newest item of that id, of a response's input or output or of a conversation."""
+        query = (
+            select(ResponseRow)
+            .join(ResponseItemRow, ResponseItemRow.response == ResponseRow.number)
+            .where(ResponseItemRow.id == item_id)
+            .order_by(ResponseRow.number.desc())
+            .limit(1)
+        )
+        with self._database.reading() as session:
+            row = session.scalar(query)
+            if row is None:
+                return find_item(session, item_id)
+            items: list[Json] = [*row.items, *row.body["output"]]
+            return next(item for item in items if item["id"] == item_id)
+
     # Unfinished responses
 
     def save(
@@ -185,6 +213,7 @@ class ResponseStore:
             _add_events(session, row.number, events)
             if row.status not in UNFINISHED:
                 row.owner = row.lease_expires = None
+                _add_item_ids(session, row)
                 if addition is not None:
                     append_items(session, addition.conversation_id, addition.items)
             return True
@@ -269,6 +298,13 @@ class ResponseStore:
 
 def _one(response_id: str) -> Select[ResponseRow]:
     return select(ResponseRow).where(ResponseRow.id == response_id)
+
+
+def _add_item_ids(session: Session, row: ResponseRow) -> None:
+    """Note the ids of the input and of what there is of the output."""
+    known = select(ResponseItemRow.id).where(ResponseItemRow.response == row.number)
+    ids = {item["id"] for item in (*row.items, *row.body["output"])} - set(session.scalars(known))
+    session.add_all(ResponseItemRow(response=row.number, id=item_id) for item_id in sorted(ids))
 
 
 def _add_events(session: Session, number: int, events: Sequence[Json]) -> None:

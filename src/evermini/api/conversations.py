@@ -1,0 +1,155 @@
+"""``/v1/conversations`` and their items."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from evermini.api.body import read_request
+from evermini.api.errors import JsonResponse
+from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.errors import NotFoundError
+from evermini.service import validation
+from evermini.service.responses.context import no_conversation
+from evermini.service.responses.items import new_id, parse_items
+from evermini.service.responses.service import Responses
+from evermini.service.schemas import Metadata, parse_metadata_update
+from evermini.service.validation import WireModel
+from evermini.storage.conversations import ConversationStore, StoredConversation
+from evermini.storage.database import Database
+
+router = APIRouter(prefix="/v1/conversations")
+
+MAX_ITEMS = 20
+"""Items that one request may add."""
+
+Items = Annotated[list[Any], Field(max_length=MAX_ITEMS)]
+
+
+class _New(WireModel):
+    items: Items | None = None
+    metadata: Metadata | None = None
+
+
+class _Addition(WireModel):
+    items: Annotated[Items, Field(min_length=1)]
+
+
+@router.post("")
+async def create_conversation(request: Request) -> Response:
+    """Create a conversation, with items or without."""
+    wanted = await read_request(request, lambda body: validation.parse(_New, body))
+    items = await _resolved(request, wanted.items or [])
+    database, store = _store(request)
+    made = await database.run(store.add, new_id("conv"), wanted.metadata or {}, items)
+    return JsonResponse(_wire(made))
+
+
+@router.get("/{conversation_id}")
+async def retrieve_conversation(request: Request, conversation_id: str) -> Response:
+    """Return a conversation."""
+    database, store = _store(request)
+    return JsonResponse(
+        _wire(_found(await database.run(store.get, conversation_id), conversation_id))
+    )
+
+
+@router.post("/{conversation_id}")
+async def update_conversation(request: Request, conversation_id: str) -> Response:
+    """Replace a conversation's metadata."""
+    metadata = await read_request(request, parse_metadata_update)
+    database, store = _store(request)
+    changed = await database.run(store.update, conversation_id, metadata)
+    return JsonResponse(_wire(_found(changed, conversation_id)))
+
+
+@router.delete("/{conversation_id}")
+async def delete_conversation(request: Request, conversation_id: str) -> Response:
+    """Delete a conversation and its items; responses that belong to it stay."""
+    database, store = _store(request)
+    if not await database.run(store.delete, conversation_id):
+        raise no_conversation(conversation_id)
+    return JsonResponse({"id": conversation_id, "object": "conversation.deleted", "deleted": True})
+
+
+@router.post("/{conversation_id}/items")
+async def create_items(request: Request, conversation_id: str) -> Response:
+    """Add items at the end."""
+    wanted = await read_request(request, lambda body: validation.parse(_Addition, body))
+    items = await _resolved(request, wanted.items)
+    database, store = _store(request)
+    added = await database.run(store.append, conversation_id, items)
+    if added is None:
+        raise no_conversation(conversation_id)
+    return JsonResponse(list_object(added, has_more=False))
+
+
+@router.get("/{conversation_id}/items")
+async def list_items(request: Request, conversation_id: str) -> Response:
+    """List the items, the newest first unless said otherwise."""
+    cursor = read_cursor(request, order="desc")
+    database, store = _store(request)
+    try:
+        found = await database.run(store.list, conversation_id, cursor)
+    except KeyError:
+        raise no_such_cursor(cursor) from None
+    if found is None:
+        raise no_conversation(conversation_id)
+    return JsonResponse(list_object(found.rows, found.has_more))
+
+
+@router.get("/{conversation_id}/items/{item_id}")
+async def retrieve_item(request: Request, conversation_id: str, item_id: str) -> Response:
+    """Return an item."""
+    database, store = _store(request)
+    item = await database.run(store.get_item, conversation_id, item_id)
+    if item is None:
+        raise _no_item(conversation_id, item_id)
+    return JsonResponse(item)
+
+
+@router.delete("/{conversation_id}/items/{item_id}")
+async def delete_item(request: Request, conversation_id: str, item_id: str) -> Response:
+    """Delete an item and return its conversation."""
+    database, store = _store(request)
+    try:
+        left = await database.run(store.delete_item, conversation_id, item_id)
+    except KeyError:
+        raise _no_item(conversation_id, item_id) from None
+    return JsonResponse(_wire(_found(left, conversation_id)))
+
+
+async def _resolved(request: Request, items: list[Any]) -> list[dict[str, Any]]:
+    responses: Responses = request.app.state.responses
+    return await responses.contexts.resolve(parse_items(items, "items"), "items")
+
+
+def _store(request: Request) -> tuple[Database, ConversationStore]:
+    database: Database = request.app.state.database
+    return database, ConversationStore(database)
+
+
+def _found(stored: StoredConversation | None, conversation_id: str) -> StoredConversation:
+    if stored is None:
+        raise no_conversation(conversation_id)
+    return stored
+
+
+def _wire(stored: StoredConversation) -> dict[str, Any]:
+    return {
+        "id": stored.id,
+        "object": "conversation",
+        "created_at": stored.created_at,
+        "metadata": stored.metadata,
+    }
+
+
+def _no_item(conversation_id: str, item_id: str) -> NotFoundError:
+    return NotFoundError(
+        f"Item with id '{item_id[:100]}' not found in conversation '{conversation_id[:100]}'.",
+        param="item_id",
+    )

@@ -1,0 +1,120 @@
+"""``/v1/responses``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from evermini.api import sse
+from evermini.api.answer import stream_or_collect
+from evermini.api.body import read_request
+from evermini.api.errors import JsonResponse
+from evermini.api.listing import page_of, read_cursor
+from evermini.errors import InvalidRequestError, UnsupportedParameterError
+from evermini.service.responses.schemas import parse_response, parse_token_count
+from evermini.service.responses.service import Responses
+
+router = APIRouter(prefix="/v1/responses")
+
+
+@router.post("")
+async def create_response(request: Request) -> Response:
+    """Answer, at once, as a stream, or in the background."""
+    responses = _responses(request)
+    wanted = await read_request(request, parse_response)
+    if wanted.background:
+        queued = await responses.submit(wanted)
+        if not wanted.stream:
+            return JsonResponse(queued)
+        return sse.EventStream(_sent(await responses.follow(queued["id"], -1)), _nothing_to_end)
+    # A long text is read before there is a run to abort.
+    run = await sse.unless_disconnected(request, responses.start(wanted, request.state.arrived))
+    return await stream_or_collect(
+        request, run, stream=wanted.stream, events=_sent(run.events()), whole=run.collect()
+    )
+
+
+@router.post("/input_tokens")
+async def count_input_tokens(request: Request) -> Response:
+    """Return how many tokens a response's input has."""
+    wanted = await read_request(request, parse_token_count)
+    count = await sse.unless_disconnected(request, _responses(request).count_tokens(wanted))
+    return JsonResponse({"object": "response.input_tokens", "input_tokens": count})
+
+
+@router.post("/compact")
+async def compact_response(request: Request) -> Response:
+    """Refused: a compacted context is for models that read an encrypted summary."""
+    raise UnsupportedParameterError(
+        "Compaction is not supported by this server. Long contexts are read as they are, up to the model's "
+        "context_window; 'truncation': 'auto' drops the oldest turns beyond it.",
+    )
+
+
+@router.get("/{response_id}")
+async def retrieve_response(request: Request, response_id: str) -> Response:
+    """Return a stored response, or stream the events of a background one from any place on."""
+    responses, query = _responses(request), request.query_params
+    streams = _flag(request, "stream")
+    if not streams:
+        return JsonResponse((await responses.get(response_id)).body)
+    after = query.get("starting_after", "-1")
+    if not (after.removeprefix("-").isdecimal() and after.isascii() and len(after) < 10):
+        raise InvalidRequestError(
+            f"Invalid type for 'starting_after': expected an integer, but got '{after[:40]}' instead.",
+            param="starting_after",
+            code="invalid_type",
+        )
+    return sse.EventStream(_sent(await responses.follow(response_id, int(after))), _nothing_to_end)
+
+
+@router.delete("/{response_id}")
+async def delete_response(request: Request, response_id: str) -> Response:
+    """Delete a stored response."""
+    await _responses(request).delete(response_id)
+    return JsonResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+@router.post("/{response_id}/cancel")
+async def cancel_response(request: Request, response_id: str) -> Response:
+    """End a background response."""
+    return JsonResponse(await _responses(request).cancel(response_id))
+
+
+@router.get("/{response_id}/input_items")
+async def list_input_items(request: Request, response_id: str) -> Response:
+    """List the items of a response's own input."""
+    cursor = read_cursor(request, order="desc")
+    stored = await _responses(request).get(response_id)
+    return JsonResponse(page_of(stored.items, cursor))
+
+
+def _responses(request: Request) -> Responses:
+    responses: Responses = request.app.state.responses
+    return responses
+
+
+async def _sent(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield sse.data(event, event["type"])
+
+
+def _nothing_to_end() -> None:
+    """Do nothing: a background response goes on without its readers."""
+
+
+def _flag(request: Request, name: str) -> bool:
+    value = request.query_params.get(name, "false")
+    if value not in ("true", "false"):
+        raise InvalidRequestError(
+            f"Invalid type for '{name}': expected a boolean, but got '{value[:40]}' instead.",
+            param=name,
+            code="invalid_type",
+        )
+    return value == "true"

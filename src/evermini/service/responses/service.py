@@ -1,0 +1,155 @@
+"""What the routes of the Responses API call."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.service.prompting import whole_prompt
+from evermini.service.responses.background import Background
+from evermini.service.responses.context import Contexts
+from evermini.service.responses.items import Json
+from evermini.service.responses.run import ResponseRun, new_body, new_writer, start_chat
+from evermini.service.responses.schemas import ContextRequest, ResponseRequest, chat_request
+from evermini.service.runtime import Runtime
+from evermini.storage.conversations import ConversationStore
+from evermini.storage.database import Database
+from evermini.storage.responses import Addition, ResponseStore, StoredResponse
+
+
+class Responses:
+    """The responses of one server.
+
+    Args:
+        runtime: The loaded models.
+        database: Where responses are kept.
+    """
+
+    def __init__(self, runtime: Runtime, database: Database) -> None:
+        self._runtime = runtime
+        self._database = database
+        self._store = ResponseStore(database)
+        self.contexts = Contexts(database)
+        self.background = Background(runtime, database, self.contexts)
+
+    async def start(self, request: ResponseRequest, arrived: float) -> ResponseRun:
+        """Begin a response that its client waits for.
+
+        Args:
+            request: What is wanted.
+            arrived: ``time.perf_counter()`` when it came in.
+
+        Raises:
+            RequestError: The request cannot be served.
+            EngineStoppedError: The engine is stopped.
+        """
+        served = self._runtime.resolve(request.model)
+        items = await self.contexts.items(request)
+        context = [*await self.contexts.history(request), *items]
+        body = new_body(request, served.info.id, "in_progress")
+        running = await start_chat(
+            served, request, context, body, metrics=self._runtime.metrics, arrived=arrived
+        )
+
+        async def save(body: Json, last: Json, error: Exception | None) -> None:
+            addition = None
+            if request.conversation is not None and error is None:
+                addition = Addition(request.conversation.id, [*items, *body["output"]])
+            if request.is_stored:
+                given = request.model_dump(by_alias=True, exclude_unset=True)
+                stored = StoredResponse(dict(body), items, given)
+                await self._database.run(self._store.add, stored, addition=addition)
+            elif addition is not None:
+                conversations = ConversationStore(self._database)
+                await self._database.run(
+                    conversations.append, addition.conversation_id, addition.items
+                )
+
+        return ResponseRun(new_writer(body, request, served), running, save)
+
+    async def submit(self, request: ResponseRequest) -> Json:
+        """Begin a background response and return its object; both survive this process.
+
+        Raises:
+            RequestError: The request cannot be served.
+        """
+        served = self._runtime.resolve(request.model)
+        items = await self.contexts.items(request)
+        # What is wrong with the request is said now, not in a response that has failed.
+        chat_request(request, [*await self.contexts.history(request), *items])
+        body = new_body(request, served.info.id, "queued")
+        queued = dict(body)
+        await self.background.submit(request, items, body)
+        return queued
+
+    async def count_tokens(self, request: ContextRequest) -> int:
+        """Return how many tokens the model would be sent.
+
+        Raises:
+            RequestError: The request cannot be served.
+        """
+        served = self._runtime.resolve(request.model)
+        items = await self.contexts.items(request)
+        context = [*await self.contexts.history(request), *items]
+        return len(await whole_prompt(served, chat_request(request, context)))
+
+    async def get(self, response_id: str) -> StoredResponse:
+        """Return a stored response.
+
+        Raises:
+            NotFoundError: There is none of that id.
+        """
+        stored = await self._database.run(self._store.get, response_id)
+        if stored is None:
+            raise _not_found(response_id)
+        return stored
+
+    async def follow(self, response_id: str, after: int) -> AsyncGenerator[Json, None]:
+        """Return the events of a background stream that come after a sequence number.
+
+        Raises:
+            NotFoundError: There is no response of that id.
+            InvalidRequestError: It was not made as a background stream.
+        """
+        stored = await self.get(response_id)
+        for field in ("background", "stream"):
+            if not stored.request.get(field):
+                raise InvalidRequestError(
+                    f"This response cannot be streamed because it was not created with {field}=true.",
+                    param="stream",
+                )
+        return self.background.follow(response_id, after)
+
+    async def delete(self, response_id: str) -> None:
+        """Delete a response; one that is unfinished ends.
+
+        Raises:
+            NotFoundError: There is none of that id.
+        """
+        if not await self.background.delete(response_id):
+            raise _not_found(response_id)
+
+    async def cancel(self, response_id: str) -> Json:
+        """End a background response and return its object; one that is finished stays as it is.
+
+        Raises:
+            NotFoundError: There is none of that id.
+            InvalidRequestError: It is no background response.
+        """
+        stored = await self.get(response_id)
+        if not stored.body["background"]:
+            raise InvalidRequestError(
+                "Cannot cancel a synchronous response. Close the connection to end one.",
+                param="response_id",
+            )
+        cancelled = await self.background.cancel(response_id)
+        if cancelled is None:
+            raise _not_found(response_id)
+        return cancelled.body
+
+
+def _not_found(response_id: str) -> NotFoundError:
+    return NotFoundError(
+        f"Response with id '{response_id[:100]}' not found. Responses made with store=false are not kept.",
+        param="response_id",
+    )
