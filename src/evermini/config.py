@@ -231,6 +231,12 @@ class Settings:
         shown="the folder `blobs` in the home folder",
         metavar="URL",
     )
+    conformance_fixtures: bool = _setting(
+        False,
+        "For tests of the API's form only: any model name is answered to, and the ids that OpenAI's client tests use "
+        "exist.",
+        group="Server",
+    )
     max_request_bytes: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
         64 * 1024**2,
         "Largest request body that is read.",

@@ -278,6 +278,53 @@ class TestStored:
         assert caught.value.param == "stream"
 
 
+class TestTruncation:
+    """A model with a window of 256 tokens and nothing that reads beyond it."""
+
+    @pytest.fixture(scope="class")
+    def small(self, nano: ServedModel) -> Iterator[openai.OpenAI]:
+        settings = Settings(kv_memory=64 * 1024**2)
+        served = tiny_served(nano, tiny_model(nano), settings)
+        with Runtime([served]) as runtime, serving(runtime) as url:
+            yield make_client(url)
+
+    def items(self) -> list[Any]:
+        roles = ("user", "assistant")
+        return [
+            {"role": roles[n % 2], "content": f"Number {n}: " + "word " * 30} for n in range(13)
+        ]
+
+    def test_too_much_is_refused_unless_it_may_be_dropped(self, small: openai.OpenAI) -> None:
+        params: dict[str, Any] = {"model": "org/tiny", "input": self.items()}
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(small, **params)
+        assert caught.value.code == "context_length_exceeded"
+        assert caught.value.param == "input"
+
+    def test_the_oldest_turns_are_dropped_and_named(self, small: openai.OpenAI) -> None:
+        params: dict[str, Any] = {"model": "org/tiny", "instructions": "Be brief."}
+        answer = create(small, **params, input=self.items(), truncation="auto")
+        said = answer.model_dump()["x_evermini"]["truncation"]
+        number = said["dropped_items"]
+        assert number % 2 == 0, "whole turns"
+        stored = small.responses.input_items.list(answer.id, order="asc").data
+        assert [item.id for item in stored[:number]] == said["dropped_item_ids"]
+        # As few as possible: what is left is what fits, and one turn more would not.
+        left = self.items()[number:]
+        assert answer.usage
+        same = create(small, **params, input=left)
+        assert same.usage
+        assert same.usage.input_tokens == answer.usage.input_tokens
+        assert "x_evermini" not in same.model_dump()
+        with pytest.raises(openai.BadRequestError):
+            create(small, **params, input=self.items()[number - 2 :])
+
+    def test_one_turn_that_is_too_long_is_refused(self, small: openai.OpenAI) -> None:
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(small, model="org/tiny", input="word " * 400, truncation="auto")
+        assert caught.value.code == "context_length_exceeded"
+
+
 class TestChains:
     def test_a_chain_is_the_conversation_without_its_instructions(
         self, client: openai.OpenAI

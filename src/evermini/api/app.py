@@ -29,6 +29,7 @@ from evermini.api import (
     responses,
     stored_chats,
 )
+from evermini.api.conformance import ConformanceFixtures
 from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
 from evermini.config import Settings
 from evermini.service.batches.requests import BatchService
@@ -66,6 +67,8 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     middleware.append(
         Middleware(BodyLimit, limit=settings.max_request_bytes, by_path=files.BODY_LIMITS)
     )
+    if settings.conformance_fixtures:
+        middleware.append(Middleware(ConformanceFixtures, database=database))
     service = Responses(runtime, database)
 
     @asynccontextmanager

@@ -37,7 +37,8 @@ def serve(loaded: LoadedSettings) -> None:
             with download_bar(name) as progress:
                 models.append(load_tier(name, settings, progress=progress))
             stack.callback(models[-1].close, timeout=0)
-        run_server(Runtime(models), database, settings, listener)
+        runtime = Runtime(models, answers_to_any_name=settings.conformance_fixtures)
+        run_server(runtime, database, settings, listener)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -86,15 +86,17 @@ class Runtime:
 
     Args:
         models: At least one; the first is the default.
+        answers_to_any_name: A name that no model has means the default.
 
     Raises:
         ConfigError: There is no model, or two of them answer to one name.
     """
 
-    def __init__(self, models: Sequence[ServedModel]) -> None:
+    def __init__(self, models: Sequence[ServedModel], *, answers_to_any_name: bool = False) -> None:
         if not models:
             raise ConfigError("There is no model to serve. Name at least one.")
         self.models = tuple(models)
+        self._answers_to_any_name = answers_to_any_name
         self._by_name: dict[str, ServedModel] = {}
         for served in models:
             for name in served.info.names:
@@ -128,6 +130,8 @@ class Runtime:
         """
         if served := self._by_name.get(name):
             return served
+        if self._answers_to_any_name:
+            return self.default
         raise ModelNotFoundError(
             f"The model `{name[:200]}` does not exist or you do not have access to it. This server has: "
             f"{', '.join(self._by_name)}.",

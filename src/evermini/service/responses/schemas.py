@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from evermini.errors import InvalidRequestError, UnsupportedParameterError
+from evermini.errors import InvalidRequestError
 from evermini.service import unsupported, validation
 from evermini.service.responses.items import Json, as_messages
 from evermini.service.schemas import ChatRequest, Extensions, Metadata, parse_chat
@@ -332,15 +332,13 @@ _RENAMED = (
 
 
 def renamed(error: InvalidRequestError) -> InvalidRequestError:
-    """Return a chat completion's error in the words of a response: its fields have other names there."""
+    """Put a chat completion's error into the words of a response: its fields have other names there."""
     param, message = error.param, error.message
     for pattern, name in _RENAMED:
         param = param and re.sub(f"^{pattern}", name, param)
         message = re.sub(rf"(?<!\w){pattern}", name, message)
-    kind = (
-        UnsupportedParameterError if isinstance(error, UnsupportedParameterError) else type(error)
-    )
-    return kind(message, param=param, code=error.code)
+    error.message, error.param, error.args = message, param, (message,)
+    return error
 
 
 def _chat_tool(tool: FlatTool) -> Json:

@@ -1,0 +1,152 @@
+"""What OpenAI's own client tests need of a server, for ``evermini serve --conformance-fixtures``.
+
+These tests were written for a mock: they name models that are not here, leave out required fields, ask for pages of no
+length, and use ids that nobody has created. With the option
+
+- every model name is answered to (`Runtime`),
+- the ids below exist, and again after they were deleted,
+- ``model`` and ``input`` are filled in where a body has none, and ``limit=0`` counts as not given.
+
+Nothing else is different: what the server does not support is refused as ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from urllib.parse import parse_qsl, urlencode
+
+from pydantic_core import from_json, to_json
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from evermini.service.chat import ChatDelta
+from evermini.service.generation import Usage
+from evermini.service.responses.events import EventWriter
+from evermini.service.responses.items import Json, parse_items
+from evermini.service.responses.run import new_body
+from evermini.service.responses.schemas import parse_response
+from evermini.storage.chats import ChatStore
+from evermini.storage.conversations import ConversationStore
+from evermini.storage.database import Database
+from evermini.storage.responses import Lease, ResponseStore, StoredResponse
+
+RESPONSES = ("resp_677efb5139a88190b512bc3fef8e535d", "resp_123", "response_id")
+COMPLETIONS = ("completion_id", "after")
+CONVERSATION = "conv_123"
+ITEMS = ("msg_abc", "after")
+
+_USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
+_DEFAULTS: Mapping[str, Json] = {
+    "/v1/responses": {"model": "model", "input": "string", "max_output_tokens": 16},
+    "/v1/responses/input_tokens": {"model": "model", "input": "string"},
+}
+
+
+class ConformanceFixtures:
+    """Middleware that makes the mock's world true before each request."""
+
+    def __init__(self, app: ASGIApp, *, database: Database) -> None:
+        self._app = app
+        self._database = database
+        self._seeding = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        async with self._seeding:
+            await self._database.run(seed, self._database)
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        kept = [pair for pair in query if pair != ("limit", "0")]
+        defaults = _DEFAULTS.get(scope["path"]) if scope["method"] == "POST" else None
+        if defaults is not None:
+            receive = await _with_defaults(receive, defaults)
+            headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
+            scope = {**scope, "headers": headers}
+        await self._app({**scope, "query_string": urlencode(kept).encode()}, receive, send)
+
+
+async def _with_defaults(receive: Receive, defaults: Json) -> Receive:
+    """Read the body, add what it lacks, and return what gives it again."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    given = from_json(body) if body else {}
+    body = to_json({**defaults, **given})
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+def seed(database: Database) -> None:
+    """Create what does not exist of the objects that the tests ask for."""
+    chats, conversations = ChatStore(database), ConversationStore(database)
+    responses = ResponseStore(database)
+    for completion_id in COMPLETIONS:
+        if chats.get(completion_id) is None:
+            chats.add(_completion(completion_id), _messages(), {"foo": "string"})
+    if conversations.get(CONVERSATION) is None:
+        conversations.add(CONVERSATION, {}, [])
+    for item_id in ITEMS:
+        if conversations.get_item(CONVERSATION, item_id) is None:
+            conversations.append(CONVERSATION, [_item(item_id)])
+    for response_id in RESPONSES:
+        if responses.get(response_id) is None:
+            stored, events = _response(response_id)
+            lease = Lease("conformance", time.time() + 60)
+            responses.add(
+                StoredResponse(
+                    {**stored.body, "status": "in_progress"}, stored.items, stored.request, True
+                ),
+                lease=lease,
+            )
+            responses.save(stored.body, lease.owner, events)
+
+
+def _item(item_id: str) -> Json:
+    (item,) = parse_items([{"role": "user", "content": "string", "id": item_id}], "input")
+    return item
+
+
+def _messages() -> list[Json]:
+    message: Json = {
+        "role": "user",
+        "content": "string",
+        "refusal": None,
+        "content_parts": None,
+    }
+    return [{"id": name, **message} for name in ("completion_id-0", "after")]
+
+
+def _completion(completion_id: str) -> Json:
+    message: Json = {"role": "assistant", "content": "string", "refusal": None, "annotations": []}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    return {
+        "id": completion_id,
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": "model",
+        "choices": [choice],
+        "usage": usage,
+    }
+
+
+def _response(response_id: str) -> tuple[StoredResponse, list[Json]]:
+    """Return a finished background stream and its events."""
+    given = {"model": "model", "input": "string", "background": True, "stream": True}
+    body = {**new_body(parse_response(given), "model", "queued"), "id": response_id}
+    writer = EventWriter(body, None)
+    events = [writer.snapshot("response.created"), *writer.started()]
+    events += writer.add(ChatDelta(0, "string"))
+    events += writer.finish("stop", _USAGE)
+    events.append(writer.terminal())
+    return StoredResponse(body, [_item("after"), _item("msg_abc")], given, True), events
