@@ -536,11 +536,10 @@ class TestErrors:
         assert caught.value.request_id.startswith("req_")
 
     def test_unsupported_field(self, client: openai.OpenAI) -> None:
-        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
         with pytest.raises(openai.BadRequestError) as caught:
-            chat(client, tools=[tool])
+            chat(client, reasoning_effort="low")
         assert caught.value.code == "unsupported_parameter"
-        assert caught.value.param == "tools"
+        assert caught.value.param == "reasoning_effort"
 
     def test_unknown_route(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError, match=r"Invalid URL \(POST /v1/embeddings\)"):

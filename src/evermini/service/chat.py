@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from evermini.errors import UnsupportedParameterError
+from evermini.service.calling import new_parser
 from evermini.service.constraints import constraint_of
 from evermini.service.decode import ScoredToken
 from evermini.service.generation import (
@@ -30,6 +30,7 @@ from evermini.service.prompting import make_prompt
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest, Prediction
+from evermini.text.tools.parser import CallPiece
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 ToolKind = Literal["function", "custom"]
@@ -98,6 +99,25 @@ class ChatChoice:
             self.tool_calls[piece.index].arguments += piece.arguments
 
 
+class _CallIds:
+    """Gives the calls of one answer their ids."""
+
+    def __init__(self) -> None:
+        self._kinds: list[ToolKind] = []
+
+    def deltas(self, pieces: Sequence[CallPiece]) -> tuple[ToolCallDelta, ...]:
+        """Return what was read out of the answer as the contract has it."""
+        return tuple(map(self._delta, pieces))
+
+    def _delta(self, piece: CallPiece) -> ToolCallDelta:
+        if piece.tool is None:
+            kind = self._kinds[piece.index]
+            return ToolCallDelta(piece.index, kind, arguments=piece.arguments)
+        self._kinds.append(piece.tool.kind)
+        call_id = f"call_{uuid.uuid4().hex[:24]}"
+        return ToolCallDelta(piece.index, piece.tool.kind, call_id, piece.tool.name)
+
+
 class ChatRun:
     """A chat completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished.
 
@@ -118,6 +138,7 @@ class ChatRun:
         self.request = request
         self.recalled = recalled
         self.choices = [ChatChoice(index) for index in range(request.num_choices)]
+        self._call_ids = [_CallIds() for _ in self.choices]
         self._generation = generation
 
     async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
@@ -128,14 +149,25 @@ class ChatRun:
         """
         async with aclosing(self._generation.deltas()) as deltas:
             async for gained in deltas:
+                choice = self.choices[gained.index]
                 delta = ChatDelta(
                     gained.index,
                     gained.text,
-                    logprobs=gained.logprobs,
-                    finish_reason=gained.finish_reason,
+                    self._call_ids[gained.index].deltas(gained.calls),
+                    gained.logprobs,
                 )
-                self.choices[delta.index].add(delta)
+                choice.add(delta)
+                if gained.finish_reason is not None:
+                    choice.finish_reason = self._finish_reason(choice, gained.finish_reason)
+                    delta = replace(delta, finish_reason=choice.finish_reason)
                 yield delta
+
+    def _finish_reason(self, choice: ChatChoice, reason: Literal["stop", "length"]) -> FinishReason:
+        """Return the contract's reason: a call that the caller named is no reason of its own, but ``stop``."""
+        toolset = self.request.toolset
+        if reason == "length" or not choice.tool_calls or toolset.is_named:
+            return reason
+        return "function_call" if toolset.is_legacy else "tool_calls"
 
     async def collect(self) -> list[ChatChoice]:
         """Return the finished choices by index.
@@ -196,9 +228,7 @@ async def start(
     )
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     check_output(request)
-    if request.toolset().tools:
-        raise UnsupportedParameterError("Tools are not called yet. Leave them out.", param="tools")
-    constraint = await constraint_of(request, served.grammars, timer)
+    constraint = await constraint_of(request, served.template.tool_format, served.grammars, timer)
     prompt, recalled = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
     prediction: tuple[int, ...] = ()
@@ -222,7 +252,13 @@ async def start(
         for index in range(request.num_choices)
     ]
     generation = Generation(
-        served.worker, served.tokenizer, [prompt], candidates, request.stop or [], timer
+        served.worker,
+        served.tokenizer,
+        [prompt],
+        candidates,
+        request.stop or [],
+        timer,
+        new_parser=new_parser(request.toolset, served.template.tool_format),
     )
     generation.start()
     return ChatRun(served, request, generation, recalled)

@@ -10,19 +10,27 @@ from functools import partial
 
 from evermini.engine.constraint import Constraint
 from evermini.errors import InvalidRequestError
+from evermini.service.calling import compile_tools, needs_grammar
 from evermini.service.metrics import RequestTimer
 from evermini.service.schemas import ChatRequest
 from evermini.text.grammar import GrammarCompiler
 from evermini.text.schema import SchemaError
+from evermini.text.tools.formats import ToolFormat
 
 _COMPILERS = ThreadPoolExecutor(2, thread_name_prefix="evermini-grammars")
 """Few, so that hostile schemas cannot take every core; a compilation ends by its own limits."""
 
 
 async def constraint_of(
-    request: ChatRequest, compiler: GrammarCompiler, timer: RequestTimer
+    request: ChatRequest, form: ToolFormat, compiler: GrammarCompiler, timer: RequestTimer
 ) -> Constraint | None:
     """Return the grammar that ``request`` asks for, compiled for the tokens of ``compiler``'s model.
+
+    Args:
+        request: Its tools and the form of its answer count.
+        form: How the model calls tools.
+        compiler: For the model's tokens.
+        timer: Told how long it took.
 
     Raises:
         InvalidRequestError: The schema, grammar or expression is wrong, too complex, or cannot be enforced in full.
@@ -33,6 +41,8 @@ async def constraint_of(
         work = partial(_named, compiler.lark, extensions.grammar, "x_evermini.grammar")
     elif extensions is not None and extensions.regex is not None:
         work = partial(_named, compiler.regex, extensions.regex, "x_evermini.regex")
+    elif needs_grammar(request):
+        work = partial(compile_tools, request, form, compiler)
     elif wanted is not None and wanted.json_schema is not None:
         subject = f"response_format '{wanted.json_schema.name}'"
         work = partial(_schema, compiler, wanted.json_schema.definition, subject)

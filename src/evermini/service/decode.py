@@ -1,15 +1,16 @@
-"""One choice's tokens → text that may be shown, with the log-probabilities of exactly the tokens behind it."""
+"""One choice's tokens → text and tool calls to show, and the log-probabilities of exactly the text's tokens."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evermini.engine.request import TokenLogprob, TokenOutput
 from evermini.text.detokenize import IncrementalDetokenizer
 from evermini.text.stops import StopMatcher
 from evermini.text.tokenizer import Tokenizer
+from evermini.text.tools.parser import CallParser, CallPiece
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,16 @@ class Piece:
     """What one token (or the end) releases.
 
     Attributes:
-        text: Complete characters that cannot belong to a stop string any more.
+        text: Complete characters that cannot belong to a stop string or a tool call any more.
         logprobs: The tokens whose text starts in what was released so far; empty if none were asked for.
         stopped: A stop string was found; nothing follows.
+        calls: What tool calls gained.
     """
 
     text: str
     logprobs: tuple[ScoredToken, ...]
     stopped: bool
+    calls: tuple[CallPiece, ...] = ()
 
 
 class ChoiceDecoder:
@@ -43,9 +46,12 @@ class ChoiceDecoder:
     of a stop string is released with the text, and tokens of a stop string are never released.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], calls: CallParser | None = None
+    ) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
         self._stops = StopMatcher(stops)
+        self._calls = calls
         self._held: deque[ScoredToken] = deque()
         self._num_decoded = 0
         self._num_released = 0
@@ -54,9 +60,13 @@ class ChoiceDecoder:
         """Take the next token."""
         start = self._num_decoded
         text = self._detokenizer.push(output.token_id)
+        self._num_decoded += len(text)
         if output.logprob is not None:
             self._held.append(ScoredToken(start, output.logprob))
-        return self._release(*self._match(text))
+        if self._calls is None:
+            return self._release(*self._stops.push(text))
+        had_called = self._calls.has_called
+        return self._match(*self._calls.push(text), had_called)
 
     def finish(self, end: TokenLogprob | None = None) -> Piece:
         """Release what was held back, for the model has ended.
@@ -64,20 +74,37 @@ class ChoiceDecoder:
         Args:
             end: The token it ended with, to be listed after the others; it has no text.
         """
-        text, stopped = self._match(self._detokenizer.finish())
-        if stopped:
-            return self._release(text, stopped=True)
-        text += self._stops.finish()
+        text, calls = self._detokenizer.finish(), list[CallPiece]()
+        self._num_decoded += len(text)
+        had_called = False
+        if self._calls is not None:
+            had_called = self._calls.has_called
+            text, calls = self._calls.push(text)
+            held, more = self._calls.finish()
+            text, calls = text + held, calls + more
+        piece = self._match(text, calls, had_called)
+        if piece.stopped:
+            return piece
+        if self._calls is not None and self._calls.has_called:
+            self._held.clear()  # the rest of the tokens wrote calls
+            return piece
+        text = piece.text + self._stops.finish()
         if end is not None:
             self._held.append(ScoredToken(self._num_decoded, end))
-        released = self._release(text, stopped=False).logprobs
+        released = piece.logprobs + self._release(text[len(piece.text) :], stopped=False).logprobs
         rest = tuple(self._held)  # tokens without text at the very end
         self._held.clear()
         return Piece(text, released + rest, stopped=False)
 
-    def _match(self, text: str) -> tuple[str, bool]:
-        self._num_decoded += len(text)
-        return self._stops.push(text)
+    def _match(self, text: str, calls: Sequence[CallPiece], had_called: bool) -> Piece:
+        """Release text and calls; stop strings are looked for in text alone, which ends where calls begin."""
+        shown, stopped = self._stops.push(text)
+        if stopped:
+            return self._release(shown, stopped=True)
+        if calls and not had_called:
+            shown += self._stops.finish()
+        piece = self._release(shown, stopped=False)
+        return replace(piece, calls=tuple(calls))
 
     def _release(self, text: str, stopped: bool) -> Piece:
         self._num_released += len(text)

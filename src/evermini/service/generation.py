@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ from evermini.errors import EngineError, EngineStoppedError, OverloadedError
 from evermini.service.decode import ChoiceDecoder, Piece, ScoredToken
 from evermini.service.metrics import RequestTimer
 from evermini.text.tokenizer import Tokenizer
+from evermini.text.tools.parser import CallParser, CallPiece
 
 MAX_IN_FLIGHT = 64
 """Choices of one request inside the engine at once; the others follow as these end."""
@@ -51,6 +52,7 @@ class Delta:
     text: str = ""
     logprobs: tuple[ScoredToken, ...] = ()
     finish_reason: FinishReason | None = None
+    calls: tuple[CallPiece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Generation:
         timer: Told of every token and every end.
         end_ids: Tokens that end a choice and are listed among its log-probabilities; the parameters' own
             ``stop_token_ids`` end it unseen.
+        new_parser: Makes what reads tool calls out of a choice's text; ``None``: all of it is text.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Generation:
         timer: RequestTimer,
         *,
         end_ids: frozenset[int] = frozenset(),
+        new_parser: Callable[[], CallParser] | None = None,
     ) -> None:
         self.prompts = prompts
         self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
@@ -100,6 +104,7 @@ class Generation:
         self._stops = stops
         self._timer = timer
         self._end_ids = end_ids
+        self._new_parser = new_parser
         self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._submissions: dict[int, Submission] = {}
@@ -192,7 +197,8 @@ class Generation:
             self._news.put_nowait(error)
 
     async def _read(self, candidate: Candidate, submission: Submission) -> None:
-        decoder = ChoiceDecoder(self._tokenizer, self._stops)
+        parser = self._new_parser() if self._new_parser else None
+        decoder = ChoiceDecoder(self._tokenizer, self._stops, parser)
         async for event in submission:
             match event:
                 case TokenOutput(token_id=token_id) if token_id in self._end_ids:
@@ -208,7 +214,7 @@ class Generation:
                         submission.abort()  # tokens it may have run ahead are not the caller's
                         self._tell(candidate.index, piece, "stop")
                         return
-                    if piece.text or piece.logprobs:
+                    if piece.text or piece.logprobs or piece.calls:
                         self._tell(candidate.index, piece, None)
                 case PromptDone():
                     # The first choice to submit a prompt pays for it; the others find it in the cache.
@@ -227,7 +233,7 @@ class Generation:
                     )
 
     def _tell(self, index: int, piece: Piece, reason: FinishReason | None) -> None:
-        self._news.put_nowait(Delta(index, piece.text, piece.logprobs, reason))
+        self._news.put_nowait(Delta(index, piece.text, piece.logprobs, reason, piece.calls))
 
 
 def seed_of_choice(seed: int | None, choice: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from evermini.service.calling import tools_shown
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
 from evermini.text.chat import Message as TemplateMessage
@@ -25,7 +26,26 @@ def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -
     ]
     if request.response_format is not None and (told := request.response_format.instruction):
         messages = with_instruction(messages, told)
-    return template.encode_chat(messages)
+    toolset = request.toolset
+    if not toolset.tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
+        return template.encode_chat(messages)
+    messages, tools = template.tool_format.prepare(_with_tool_names(messages), tools_shown(toolset))
+    return template.encode_chat(messages, tools)
+
+
+def _with_tool_names(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:
+    """Return the messages with the tool's name in each result: some templates show it."""
+    names: dict[str, str] = {}
+    named: list[TemplateMessage] = []
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            names[call.get("id", "")] = call[call["type"]]["name"]
+        if message["role"] == "tool" and "name" not in message:
+            name = names.get(message["tool_call_id"])
+            named.append(message if name is None else {**message, "name": name})
+        else:
+            named.append(message)
+    return named
 
 
 def with_instruction(

@@ -6,7 +6,8 @@ the contract are refused too: a misspelt ``temprature`` must not be ignored.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -205,7 +206,7 @@ class ChatRequest(SamplingRequest):
                 "Invalid value for 'functions': 'functions' (deprecated) cannot be used together with 'tools'.",
                 param="functions",
             )
-        self.toolset()
+        self.toolset  # noqa: B018 - checked when it is made
         self._check_form()
         if self.x_evermini is not None and self.x_evermini.reading == "sweep":
             raise UnsupportedParameterError(
@@ -242,6 +243,11 @@ class ChatRequest(SamplingRequest):
             "x_evermini.regex": self.x_evermini is not None and self.x_evermini.regex is not None,
         }
         names = [name for name, is_asked in asked.items() if is_asked]
+        if names and names[0] != "response_format" and self.toolset.mode != "none":
+            raise InvalidRequestError(
+                f"'{names[0]}' says what all of the answer is; it cannot be used with tools that may be called.",
+                param=names[0],
+            )
         if names[1:]:
             raise InvalidRequestError(
                 f"'{names[0]}' and '{names[1]}' both say what form the answer has. Use one of them.",
@@ -266,8 +272,9 @@ class ChatRequest(SamplingRequest):
                     param=field,
                 )
 
+    @cached_property
     def toolset(self) -> Toolset:
-        """Return the tools and how they may be called.
+        """The tools and how they may be called.
 
         Raises:
             InvalidRequestError: The fields do not fit together.
@@ -275,6 +282,14 @@ class ChatRequest(SamplingRequest):
         if self.functions or self.function_call:
             return from_functions(self.functions, self.function_call)
         return from_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def answer_schema(self) -> dict[str, Any] | None:
+        """The JSON schema that ``response_format`` holds an answer to."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        return wanted.json_schema.definition if wanted.json_schema else {"type": "object"}
 
     @property
     def offers_tools(self) -> bool:

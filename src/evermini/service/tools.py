@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from evermini.errors import InvalidRequestError
 from evermini.service.messages import ToolName
+from evermini.service.strict import check_strict
 from evermini.service.validation import WireModel, check_variant, wrong_type
 
 MAX_TOOLS = 128
@@ -229,6 +230,8 @@ def _refuse_without(needed: str, **fields: object) -> None:
 
 def _check_tool(tool: Tool, path: str) -> None:
     check_variant(tool, path, _VARIANTS)
+    if tool.function is not None and tool.function.strict:
+        _check_strict(tool.function, f"{path}.function.parameters")
     if tool.custom is None or tool.custom.format is None:
         return
     form, where = tool.custom.format, f"{path}.custom.format"
@@ -240,6 +243,17 @@ def _check_tool(tool: Tool, path: str) -> None:
             param=f"{where}.grammar",
             code="unknown_parameter",
         )
+
+
+def _check_strict(function: FunctionDefinition, path: str) -> None:
+    schema = function.parameters
+    if schema is None:
+        schema = {"type": "object", "properties": {}, "additionalProperties": False}
+    try:
+        check_strict(schema, subject=f"function '{function.name}'", param=path)
+    except InvalidRequestError as error:
+        error.code = "invalid_function_parameters"
+        raise
 
 
 def _check_choice(choice: ToolChoice, wanted: str | None) -> None:

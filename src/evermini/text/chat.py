@@ -26,6 +26,7 @@ from evermini.errors import (
 )
 from evermini.text.guard import SpecialGuard
 from evermini.text.tokenizer import Tokenizer
+from evermini.text.tools.formats import choose_format
 
 Message = Mapping[str, Any]
 
@@ -38,6 +39,7 @@ class ChatTemplate:
 
     Attributes:
         supports_tools: The template writes tool definitions.
+        tool_format: How the model is told of tools, and calls them.
 
     Raises:
         DamagedCheckpointError: The template is not valid Jinja.
@@ -56,6 +58,7 @@ class ChatTemplate:
                 "Use another conversion of this model."
             ) from error
         self.supports_tools = "tools" in variables
+        self.tool_format = choose_format(self._source, self.supports_tools)
 
     def render(
         self,

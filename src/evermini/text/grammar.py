@@ -125,6 +125,10 @@ class GrammarCompiler:
         key = json.dumps(schema)
         return self._cached(key, lambda: self._compile_schema(schema))
 
+    def is_special(self, token: str) -> bool:
+        """Return whether Lark grammars may name ``token`` (``<|python_tag|>``): it is one of the control tokens."""
+        return token in self._tokenizer.special_texts
+
     def json_object(self) -> Grammar:
         """Return the grammar of all JSON objects."""
         return self.json_schema({"type": "object"})
