@@ -241,6 +241,48 @@ def hotpot(
         )
 
 
+@evaluations.command()
+@with_settings(*MODEL_SETTINGS)
+def tools(
+    loaded: LoadedSettings,
+    data: Data = Path("data"),
+    out: Out = Path("eval-tools"),
+    categories: Annotated[
+        str,
+        typer.Option(
+            help="Which questions, of: simple_python, multiple, parallel, parallel_multiple, "
+            "irrelevance, live_simple.",
+            metavar="LIST",
+        ),
+    ] = "simple_python,multiple,parallel,parallel_multiple,irrelevance,live_simple",
+    questions: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of each category at most, evenly spread; default all."),
+    ] = None,
+    workers: Workers = 4,
+) -> None:
+    """Ask the Berkeley Function-Calling Leaderboard's questions and score the calls by its rules."""
+    from evermini.cli.talk import open_llm
+    from evermini.evals import bfcl
+
+    tasks = [
+        task
+        for category in categories.split(",")
+        for task in bfcl.load_tasks(data, category, questions)
+    ]
+    with open_llm(loaded.settings) as llm:
+        name = f"answers-{loaded.settings.models[0].replace('/', '_')}.jsonl"
+        outcomes = bfcl.run(
+            llm,
+            tasks,
+            out / name,
+            workers=workers,
+            progress=lambda o: print(f"{o.id}: {o.problem or 'right'}", file=sys.stderr),
+        )
+    print(bfcl.table(outcomes))
+    print(f"\nanswers: {out / name}")
+
+
 def parse_lengths(text: str) -> list[int]:
     """Return token counts: ``8k`` is 8,192, ``1M`` the longest prompt there is.
 
