@@ -1,0 +1,128 @@
+"""``kill -9`` in the middle of ``evermini ingest``, at random, and what is left of it.
+
+    python benchmarks/kill_ingest.py --text shared/data/prose/FILE.txt --model mini --kills 10
+
+The text is cut to ``--tokens`` tokens or so. Every run must go on after the last full chunk of the one before;
+at the end the index must be clean, byte for byte an undisturbed run's, and select the same passages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from evermini.config import default_home
+
+QUESTIONS = [
+    "Who is speaking in the first chapter?",
+    "What is said about money?",
+    "Which animal is mentioned, and where?",
+    "How does it end?",
+]
+_STEP = 0.005
+
+SELECT = """
+import sys
+from pathlib import Path
+from evermini.config import load_settings
+from evermini.documents import read_file
+from evermini.recall.segment import cut
+from evermini.service.loading import load_checkpoint, load_indexer
+settings = load_settings({"model": sys.argv[1]}).settings
+index = load_indexer(load_checkpoint(sys.argv[1], settings), settings)
+recall = index.open(settings.home)
+document = read_file(Path(sys.argv[2]))
+segments = cut(document.text, document.name)
+assert recall.missing_tokens(segments) == 0
+for question in sys.argv[3:]:
+    print([(s.chars, round(s.score, 9)) for s in recall.ask(segments, question).spans])
+"""
+
+
+def new_home(folder: Path) -> Path:
+    """Return a home folder with the weights and kernels of the real one, and an index of its own."""
+    folder.mkdir()
+    for name in ("models", "packed", "kernels"):
+        (folder / name).symlink_to(default_home() / name)
+    return folder
+
+
+def start(home: Path, model: str, text: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "evermini", "ingest", "-m", model, str(text)],
+        env={**os.environ, "EVERMINI_HOME": str(home)},
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def keys_bytes(home: Path) -> int:
+    return sum(path.stat().st_size for path in (home / "recall").glob("*/*.keys"))
+
+
+def index_files(home: Path) -> dict[str, bytes]:
+    paths = [path for path in (home / "recall").glob("*/*") if path.suffix in (".keys", ".tokens")]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def select(home: Path, model: str, text: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", SELECT, model, str(text), *QUESTIONS],
+        env={**os.environ, "EVERMINI_HOME": str(home)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    return done.stdout.decode()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    choose = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = folder / "text.txt"
+        text.write_text(options.text.read_text(encoding="utf-8")[: options.tokens * 9 // 2])
+        calm = new_home(folder / "calm")
+        assert start(calm, options.model, text).wait() == 0
+        total = keys_bytes(calm)
+        home = new_home(folder / "killed")
+        marks = sorted(choose.uniform(0.02, 0.95) * total for _ in range(options.kills))
+        before = 0
+        for number, mark in enumerate(marks, start=1):
+            process = start(home, options.model, text)
+            while process.poll() is None and keys_bytes(home) < mark:
+                time.sleep(_STEP)
+            time.sleep(choose.uniform(0, 0.2))
+            process.kill()
+            process.wait()
+            now = keys_bytes(home)
+            assert now >= before, "what was done is lost"
+            print(f"kill {number}: {now / total:.1%} done", flush=True)
+            before = now
+        assert start(home, options.model, text).wait() == 0
+        verify = subprocess.run(
+            [sys.executable, "-m", "evermini", "contexts", "verify"],
+            env={**os.environ, "EVERMINI_HOME": str(home)},
+            check=False,
+        )
+        same_bytes = index_files(home) == index_files(calm)
+        same_passages = select(home, options.model, text) == select(calm, options.model, text)
+        print(
+            f"verify clean: {verify.returncode == 0}; index equal: {same_bytes}; passages equal: {same_passages}"
+        )
+        sys.exit(not (verify.returncode == 0 and same_bytes and same_passages))
+
+
+if __name__ == "__main__":
+    main()
