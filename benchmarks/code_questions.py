@@ -101,11 +101,11 @@ def ask(llm: LLM, documents: list[Document], question: Question) -> dict[str, An
     def has(line: int) -> bool:
         return any(p.lines[0] <= line <= p.lines[1] for p in read)
 
-    file = Path(question.path).name if Path(question.path).name != "__init__.py" else question.path
     return {
-        **asdict(question), "question": text, "answer": stream.text, "class_line": class_line, "method_line": method_line,
+        **asdict(question), "question": text, "answer": stream.text,
+        "class_line": class_line, "method_line": method_line,
         "class_found": has(class_line), "method_found": has(method_line),
-        "file_named": file in stream.text,
+        "file_named": Path(question.path).name in stream.text,
         "line_named": bool(re.search(rf"\b{class_line}\b", stream.text)),
         "return_named": bool(re.search(question.gist, stream.text, re.IGNORECASE)),
         "ingest_seconds": recalled.ingest_seconds, "first_token_seconds": stream.first_token_seconds,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evermini.errors import ModelError
-from evermini.recall.prompt import excerpts
+from evermini.recall.prompt import Span, excerpts
 from evermini.recall.segment import Segment, cut, tokenize
 from evermini.recall.select import Policy, spread
 from evermini.recall.windows import Windows
@@ -221,3 +221,22 @@ def test_excerpts_of_everything_leave_nothing_out(tmp_path):
     result = excerpts(context, selection.spans, count, 10_000)
     assert result.omitted_chars == 0
     assert text in result.text
+
+
+def test_definitions_that_the_question_names_are_on_their_lines():
+    text = "import os\n\n\nclass Queue(Base):\n    def size(self):\n        return 3\n\nclass of things\n"
+    segment = Segment(text, "queue.py")
+    span = Span(0, "queue.py", (0, 9), (0, len(text)), (1, 8), 1.0, 1)
+    question = "Where is the class Queue defined, and what does size of it return?"
+    shown = excerpts([segment], [span], len, 10_000, question).text
+    assert "[queue.py, lines 1-8 of 9: class Queue is on line 4, def size is on line 5]\n" in shown
+    assert ": class" not in excerpts([segment], [span], len, 10_000).text
+
+
+def test_pages_are_in_the_marks():
+    text = "[page 1]\nOne.\n\n[page 2]\nTwo.\n\n[page 3]\nThree.\n"
+    segments = cut(text, "r.pdf", max_chars=30)
+    assert [segment.page_of(len(segment.text)) for segment in segments] == [2, 3]
+    at = text.index("Two")
+    span = Span(0, "r.pdf", (0, 1), (at, at + 3), (5, 5), 1.0, 1)
+    assert "[r.pdf, page 2, line 5 of 9]" in excerpts(segments, [span], len, 10_000).text

@@ -4,17 +4,27 @@
     ...
     [left out: lines 25-310]
 
+In code, definitions of what the question names are pointed out, since a small model cannot count lines:
+[queue.py, lines 10-50 of 310: class Queue is on line 21]
+
 Nothing is left out in silence: the marks say what is missing, and `Excerpts.left_out` lists spans that were chosen and
 did not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from evermini.recall.segment import Segment
 
+_DEFINITION = re.compile(
+    r"^[ \t]*(?:(?:export|default|pub|public|private|protected|static|abstract|final|async|unsafe|inline)[ \t]+)*"
+    r"(class|def|function|fn|func|struct|interface|enum|trait|impl)[ \t]+(\w+)"
+    r"(?=[ \t]*(?:[(:{<\[;=]|$)|[ \t]+(?:extends|implements|for|struct|interface)\b)",
+    re.MULTILINE,
+)
 _REACH = 160
 """Characters by which an excerpt grows, at either end, to begin and end with a line or sentence."""
 
@@ -66,6 +76,7 @@ def excerpts(
     spans: Sequence[Span],
     count_tokens: Callable[[str], int],
     max_tokens: int,
+    question: str = "",
 ) -> Excerpts:
     """Write the best spans that fit, in document order.
 
@@ -74,14 +85,16 @@ def excerpts(
         spans: What was selected from it.
         count_tokens: Tokens of a text, for the model that will read it.
         max_tokens: Budget for the result, marks included.
+        question: What is asked; the marks give the lines of definitions that it names.
     """
+    names = frozenset(re.findall(r"\w+", question))
     ranked = sorted(spans, key=lambda span: -span.score)
     included: list[Span] = []
     left_out: list[Span] = []
-    text, omitted = _write(segments, (), len(ranked))
+    text, omitted = _write(segments, (), len(ranked), names)
     tokens = count_tokens(text)
     for span in ranked:
-        candidate, rest = _write(segments, [*included, span], len(ranked))
+        candidate, rest = _write(segments, [*included, span], len(ranked), names)
         length = count_tokens(candidate)
         if length <= max_tokens:
             included.append(span)
@@ -92,7 +105,9 @@ def excerpts(
     return Excerpts(text, tokens, tuple(included), tuple(left_out), omitted)
 
 
-def _write(segments: Sequence[Segment], spans: Sequence[Span], num_found: int) -> tuple[str, int]:
+def _write(
+    segments: Sequence[Segment], spans: Sequence[Span], num_found: int, names: Collection[str]
+) -> tuple[str, int]:
     """Return the text and how many characters of the context are not in it."""
     parts: list[str] = []
     omitted = 0
@@ -109,9 +124,9 @@ def _write(segments: Sequence[Segment], spans: Sequence[Span], num_found: int) -
                 omitted += before - at
             lines = segment.line_of(start), segment.line_of(max(start, end - 1))
             shown = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]}-{lines[1]}"
-            parts.append(
-                f"[{label}{_pages(segment, start, end)}{shown} of {total}]\n{segment.text[start:end].strip(chr(10))}\n"
-            )
+            place = f"{label}{_pages(segment, start, end)}{shown} of {total}"
+            defined = _definitions(segment, start, end, names)
+            parts.append(f"[{place}{defined}]\n{segment.text[start:end].strip(chr(10))}\n")
             at = before + end - start
         length = sum(len(segments[i].text) for i in group)
         omitted += length - at
@@ -124,6 +139,16 @@ def _write(segments: Sequence[Segment], spans: Sequence[Span], num_found: int) -
             f"[A text of {omitted:,} characters is left out: no passage of it was found relevant]\n"
         )
     return "\n".join([head, *parts]), omitted
+
+
+def _definitions(segment: Segment, start: int, end: int, names: Collection[str]) -> str:
+    """Say on which lines of a range the named classes and functions are defined."""
+    places = [
+        f"{match[1]} {match[2]} is on line {segment.line_of(match.start(1))}"
+        for match in _DEFINITION.finditer(segment.text, start, end)
+        if match[2] in names
+    ]
+    return f": {', '.join(places)}" if places else ""
 
 
 def _pages(segment: Segment, start: int, end: int) -> str:

@@ -224,6 +224,7 @@ class Assembler:
                 list(own),
                 lambda text: len(self._tokenizer.encode(text)),
                 budget - MARK_TOKENS * (len(ranked) - done),
+                plan.question,
             )
             readings[groups[number][0]] = result.text
             included |= {own[span] for span in result.included}
