@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from evermini.service.completions import TextChoice, TextDelta
     from evermini.service.generation import Usage
     from evermini.service.reading import OnProgress, Recalled
+    from evermini.service.sweep import Swept
 
 T = TypeVar("T")
 
@@ -79,7 +80,8 @@ class Answer(Generic[ChoiceT]):
         choices: The ``n`` answers, by index.
         usage: Tokens of the prompt, of them cached, and of all choices.
         seconds: From the call to the last token.
-        recalled: How a prompt longer than the window was read; else ``None``.
+        recalled: The excerpts that a prompt longer than the window was read in; else ``None``.
+        swept: How all of a prompt longer than the window was read, if it was; else ``None``.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Answer(Generic[ChoiceT]):
     usage: Usage
     seconds: float
     recalled: Recalled | None = None
+    swept: Swept | None = None
 
     @property
     def text(self) -> str:
@@ -108,13 +111,20 @@ class AnswerStream(Generic[DeltaT]):
         finish_reason: Why the first choice ended; ``None`` until it has.
         first_token_seconds: From the call to the first delta; ``None`` until then.
         seconds: From the call to the latest delta.
-        recalled: How a prompt longer than the window was read; else ``None``.
+        recalled: The excerpts that a prompt longer than the window was read in; else ``None``.
+        swept: How all of a prompt longer than the window was read, if it was; else ``None``.
     """
 
     def __init__(
-        self, llm: LLM, run: _Run[DeltaT], started: float, recalled: Recalled | None = None
+        self,
+        llm: LLM,
+        run: _Run[DeltaT],
+        started: float,
+        recalled: Recalled | None = None,
+        swept: Swept | None = None,
     ) -> None:
         self.recalled = recalled
+        self.swept = swept
         self.model = llm.info.id
         self.text = ""
         self.finish_reason: str | None = None
@@ -263,12 +273,12 @@ class LLM:
         progress: OnProgress | None = None,
         **params: Any,
     ) -> Answer[ChatChoice] | AnswerStream[ChatDelta]:
-        """Answer a conversation; one longer than the model's window from the excerpts that its last message needs.
+        """Answer a conversation; one longer than the model's window as ``x_evermini.reading`` says.
 
         Args:
             messages: ``{"role": ..., "content": ...}`` each.
             stream: Return an iterator over the answer as it is written.
-            progress: Told, from another thread, how reading a long text for the first time goes.
+            progress: Told, from another thread, how reading a long text goes.
             **params: Those of ``/v1/chat/completions``: ``max_completion_tokens``, ``temperature``, ``top_p``, ``n``,
                 ``stop``, ``seed``, ``logprobs``, ``top_logprobs``, ``logit_bias``, ``presence_penalty``,
                 ``frequency_penalty``, ``x_evermini``; ``response_format`` as there, or a pydantic model's class.
@@ -285,10 +295,10 @@ class LLM:
         request = parse_chat({**body, "stream": stream})
         run = self._call(partial(chat_service.start, self._served, request, progress=progress))
         if stream:
-            return AnswerStream(self, run, started, run.recalled)
+            return AnswerStream(self, run, started, run.recalled, run.swept)
         choices = self._call(run.collect)
         seconds = time.perf_counter() - started
-        return Answer(self.info.id, choices, run.usage, seconds, run.recalled)
+        return Answer(self.info.id, choices, run.usage, seconds, run.recalled, run.swept)
 
     @overload
     def complete(

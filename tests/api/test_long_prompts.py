@@ -226,7 +226,7 @@ def test_what_fits_is_read_whole_unless_asked_otherwise(client):
     text = story(seed=4, num_lines=200)
     asked = f"{text}\n\n{NEEDLES[150][1]}"
     whole = ask(client, asked)
-    assert whole.x_evermini == {"reading": "dense", "recall": None}
+    assert whole.x_evermini == {"reading": "dense", "recall": None, "sweep": None}
     recalled = ask(client, asked, extra_body={"x_evermini": {"reading": "recall", "why": True}})
     assert has_read(recalled.x_evermini, 150)
     assert recalled.x_evermini["recall"]["prompt_tokens_read"] < whole.usage.prompt_tokens / 2
@@ -236,7 +236,6 @@ def test_what_fits_is_read_whole_unless_asked_otherwise(client):
 @pytest.mark.parametrize(
     ("extension", "param", "code"),
     [
-        ({"reading": "sweep"}, "x_evermini.reading", "unsupported_parameter"),
         ({"reading": "fast"}, "x_evermini.reading", "invalid_value"),
         ({"reading": 1}, "x_evermini.reading", "invalid_value"),
         ({"why": "yes"}, "x_evermini.why", "invalid_type"),

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,15 @@ from evermini.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from evermini.documents import Document
+
+
+class Reading(StrEnum):
+    """How a long prompt is read."""
+
+    auto = "auto"
+    recall = "recall"
+    sweep = "sweep"
+    dense = "dense"
 
 
 @with_settings(*MODEL_SETTINGS)
@@ -72,11 +82,18 @@ def ask(
             show_default=False,
         ),
     ] = None,
+    reading: Annotated[
+        Reading,
+        typer.Option(
+            help="How to read what exceeds the model's window: recall finds the passages that the question needs, "
+            "sweep reads everything (for summaries, counts, lists), dense refuses it."
+        ),
+    ] = Reading.auto,
     why: Annotated[
         bool,
         typer.Option(
             "--why",
-            help="Print to stderr which passages of a long text were read, with their scores.",
+            help="Print to stderr what of a long text was read, or what was found in it.",
         ),
     ] = False,
     verbose: Annotated[
@@ -104,7 +121,7 @@ def ask(
     skipped, and stderr says so.
 
     Files longer than the model's window are read once, kept indexed, and answered from the passages that the question
-    needs: for facts to look up, not for summaries or counts of the whole. See `evermini contexts`.
+    needs. For summaries, counts and lists of the whole: `--reading sweep`. See `evermini contexts`.
     """  # noqa: D301 (\b, a real backspace, keeps the examples' line breaks in --help)
     from evermini.documents import STDIN, read_document
 
@@ -127,6 +144,7 @@ def ask(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
         "response_format": None if schema is None else _schema_format(schema),
+        "x_evermini": {"reading": reading.value},
     }
     _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
 
@@ -178,6 +196,6 @@ def _answer(
         print(as_json_object(stream) if as_json else "")
         warn_if_cut(stream.finish_reason, params["max_completion_tokens"])
         if why:
-            print(*why_lines(stream.recalled), sep="\n", file=sys.stderr)
+            print(*why_lines(stream), sep="\n", file=sys.stderr)
         if verbose:
             print(speed_line(stream), file=sys.stderr)

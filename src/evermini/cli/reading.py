@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from evermini.llm import AnswerStream
     from evermini.recall.recall import Progress
-    from evermini.service.reading import Recalled
+    from evermini.service.sweep import Swept
 
 
 @contextlib.contextmanager
@@ -18,19 +19,25 @@ def reading_bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
+    from evermini.service.sweep import SweepProgress
+
     bars = Bars(
-        TextColumn("Reading"),
+        TextColumn("{task.fields[stage]}"),
         BarColumn(),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens, {task.fields[rate]:,.0f}/s"),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    task = bars.add_task("", total=1, rate=0.0)
+    task = bars.add_task("", total=1, rate=0.0, stage="")
 
     def report(now: Progress) -> None:
         bars.start()
         bars.update(
-            task, total=now.total_tokens, completed=now.done_tokens, rate=now.tokens_per_second
+            task,
+            total=now.total_tokens,
+            completed=now.done_tokens,
+            rate=now.tokens_per_second,
+            stage="Sweeping" if isinstance(now, SweepProgress) else "Reading",
         )
 
     try:
@@ -40,8 +47,11 @@ def reading_bar() -> Iterator[Callable[[Progress], None]]:
             bars.stop()
 
 
-def why_lines(recalled: Recalled | None) -> list[str]:
-    """Return what was read of a long text, a line for each passage: score, place."""
+def why_lines(answer: AnswerStream[Any]) -> list[str]:
+    """Return what was read of a long text: a line for each excerpt (score, place), or what a sweep found."""
+    recalled = answer.recalled
+    if answer.swept is not None:
+        return _sweep_lines(answer.swept)
     if recalled is None:
         return ["Everything was read: it fits into the model's window."]
     lines = [
@@ -59,3 +69,17 @@ def why_lines(recalled: Recalled | None) -> list[str]:
 
 def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
+
+
+def _sweep_lines(swept: Swept) -> list[str]:
+    lines = [
+        f"Read all of {swept.full_tokens:,} tokens in {swept.num_windows} windows in {swept.seconds:.0f} s, asking: "
+        f"{' '.join(swept.question.split())[:100]}"
+    ]
+    if swept.counts is not None:
+        lines += [f"{number:7}  {answer}" for answer, number in swept.counts.items()]
+    if swept.items is not None:
+        lines += [f"         {item}" for item in swept.items]
+    if swept.num_dropped:
+        lines.append(f"{swept.num_dropped:7}  items left out: the text does not have them")
+    return lines

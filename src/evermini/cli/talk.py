@@ -157,12 +157,12 @@ def speeds(stream: AnswerStream[Any]) -> dict[str, float | None]:
     """Return an answer's times in seconds and speeds in tokens per second; ``None`` where there is nothing to measure.
 
     Prefill counts the prompt tokens that were not cached, up to the first token; decoding, the tokens after that. A
-    prompt read in excerpts has no speed of prefill: most of it is never computed for the answer.
+    prompt read in excerpts or windows has no speed of prefill: most of it is never computed for the answer.
     """
     usage, first = stream.usage, stream.first_token_seconds
     prefill = decode = None
     if first:
-        if stream.recalled is None:
+        if stream.recalled is None and stream.swept is None:
             prefill = (usage.prompt_tokens - usage.cached_tokens) / first
         if usage.completion_tokens > 1 and stream.seconds > first:
             decode = (usage.completion_tokens - 1) / (stream.seconds - first)

@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from evermini.errors import ContextLengthError
 from evermini.recall.prompt import Span, excerpts
@@ -89,6 +89,26 @@ class Plan:
     def groups(self) -> list[list[int]]:
         """The numbers of long pieces that share one place: of one message, with only white space between them."""
         return _groups(self.parts)
+
+    @property
+    def heads(self) -> list[Piece | None]:
+        """The paragraph before each long piece that stays whole for being instructions.
+
+        It may as well be a part of the text: the first review of many. Not if it is the question.
+        """
+        found: list[Piece | None] = []
+        for before, piece in pairwise((None, *self.parts.pieces)):
+            if piece is None or not piece.is_long:
+                continue
+            is_head = (
+                before is not None
+                and not before.is_long
+                and (before.message, before.part) == (piece.message, piece.part)
+                and piece.name is None
+                and before.text.strip() != self.question.strip()
+            )
+            found.append(before if is_head else None)
+        return found
 
     def passages(self, spans: Sequence[Span], included: set[Span]) -> tuple[Passage, ...]:
         """Return where the caller finds the spans that were chosen."""

@@ -30,6 +30,7 @@ from evermini.service.prompting import make_prompt
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest, Prediction
+from evermini.service.sweep import Swept
 from evermini.text.tools.parser import CallPiece
 
 FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
@@ -123,6 +124,8 @@ class ChatRun:
 
     Attributes:
         choices: What came so far, by index.
+        recalled: The excerpts that a long prompt was read in, if it was...
+        swept: ...or how all of it was read.
     """
 
     def __init__(
@@ -130,13 +133,14 @@ class ChatRun:
         served: ServedModel,
         request: ChatRequest,
         generation: Generation,
-        recalled: Recalled | None,
+        read: Recalled | Swept | None,
     ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.served = served
         self.request = request
-        self.recalled = recalled
+        self.recalled = read if isinstance(read, Recalled) else None
+        self.swept = read if isinstance(read, Swept) else None
         self.choices = [ChatChoice(index) for index in range(request.num_choices)]
         self._call_ids = [_CallIds() for _ in self.choices]
         self._generation = generation
@@ -184,13 +188,15 @@ class ChatRun:
     def usage(self) -> Usage:
         """Tokens; final once every delta was read. The prompt's are those that were sent, however it was read."""
         used = self._generation.usage
-        if self.recalled is None:
-            return used
-        return replace(
-            used,
-            prompt_tokens=self.recalled.full_tokens,
-            cached_tokens=self.recalled.cached_tokens,
-        )
+        if self.recalled is not None:
+            return replace(
+                used,
+                prompt_tokens=self.recalled.full_tokens,
+                cached_tokens=self.recalled.cached_tokens,
+            )
+        if self.swept is not None:
+            return replace(used, prompt_tokens=self.swept.full_tokens, cached_tokens=0)
+        return used
 
     def abort(self) -> None:
         """End the request in the engine if it still runs."""
@@ -205,18 +211,18 @@ async def start(
     arrived: float | None = None,
     progress: OnProgress | None = None,
 ) -> ChatRun:
-    """Tokenise, read what does not fit the window through recall, and hand the request to the engine.
+    """Tokenise, read what does not fit the window, and hand the request to the engine.
 
     Args:
         served: The model to ask.
         request: What to ask.
         metrics: Where to report latencies.
         arrived: ``time.perf_counter()`` when the request came in; default now.
-        progress: Told, from a thread, how reading a long text for the first time goes.
+        progress: Told, from any thread, how reading a long text goes.
 
     Raises:
         ContextLengthError: The prompt (plus the requested output) does not fit, and recall is off or cannot help.
-        UnsupportedParameterError: Recall is asked for and switched off.
+        UnsupportedParameterError: Recall or a sweep is asked for and recall is switched off.
         RecallDiskError: The index of a long text does not fit under the cap on disk space.
         InvalidRequestError: A token id in ``logit_bias`` is not one of the model's, the chat template refuses the
             order of the messages, or the form that the answer should have cannot be enforced.
@@ -229,7 +235,7 @@ async def start(
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     check_output(request)
     constraint = await constraint_of(request, served.template.tool_format, served.grammars, timer)
-    prompt, recalled = await make_prompt(served, request, progress)
+    prompt, read = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
     prediction: tuple[int, ...] = ()
     if request.prediction is not None:
@@ -261,7 +267,7 @@ async def start(
         new_parser=new_parser(request.toolset, served.template.tool_format),
     )
     generation.start()
-    return ChatRun(served, request, generation, recalled)
+    return ChatRun(served, request, generation, read)
 
 
 async def _tokens(served: ServedModel, prediction: Prediction) -> tuple[int, ...]:

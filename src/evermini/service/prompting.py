@@ -11,6 +11,7 @@ from evermini.service.reading import OnProgress, Recalled
 from evermini.service.rendering import encode
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest
+from evermini.service.sweep import Sweep, Swept
 
 _SURELY_LONG = 8
 """With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
@@ -18,10 +19,10 @@ _SURELY_LONG = 8
 
 async def make_prompt(
     served: ServedModel, request: ChatRequest, progress: OnProgress | None
-) -> tuple[Sequence[int], Recalled | None]:
-    """Return what the engine computes and, if that is not all that was sent, how it was chosen."""
+) -> tuple[Sequence[int], Recalled | Swept | None]:
+    """Return what the engine computes and, if that is not all that was sent, how it was made."""
     window, reader = served.worker.max_model_len, served.reader
-    if reader is None and request.reading == "recall":
+    if reader is None and request.reading in ("recall", "sweep"):
         raise UnsupportedParameterError(
             "Recall is switched off for this model. Set x_evermini.reading to 'auto' or 'dense', or switch the setting "
             "'recall' on.",
@@ -38,8 +39,12 @@ async def make_prompt(
     plan = await reader.plan(request, window=window)
     if plan is None:
         return await whole_prompt(served, request) if prompt is None else prompt, None
-    recalled = await reader.read(request, plan, progress)
-    return recalled.prompt, recalled
+    read: Recalled | Swept
+    if request.reading == "sweep":
+        read = await Sweep(served, request, plan, progress).run()
+    else:
+        read = await reader.read(request, plan, progress)
+    return read.prompt, read
 
 
 async def whole_prompt(served: ServedModel, request: ChatRequest) -> Sequence[int]:

@@ -131,7 +131,7 @@ class SamplingRequest(WireModel):
         return biases
 
 
-Reading = Literal["auto", "recall", "dense"]
+Reading = Literal["auto", "recall", "sweep", "dense"]
 
 
 class Extensions(WireModel):
@@ -139,13 +139,14 @@ class Extensions(WireModel):
 
     Attributes:
         reading: How the prompt is read: ``dense`` in the model's own window; ``recall`` its long texts in excerpts that
-            the question needs; ``auto`` the first if it fits, else the second.
-        why: Say in the response which excerpts were read.
+            the question needs; ``sweep`` all of its long texts, window by window; ``auto`` the first if it fits, else
+            the second or third.
+        why: Say in the response what was read.
         grammar: The answer is a text of this grammar, in llguidance's dialect of Lark.
         regex: The answer matches this regular expression (Rust's syntax) from end to end.
     """
 
-    reading: Literal["auto", "recall", "dense", "sweep"] | None = None
+    reading: Reading | None = None
     why: bool | None = None
     grammar: Annotated[str, Field(min_length=1)] | None = None
     regex: Annotated[str, Field(min_length=1)] | None = None
@@ -208,12 +209,6 @@ class ChatRequest(SamplingRequest):
             )
         self.toolset  # noqa: B018 - checked when it is made
         self._check_form()
-        if self.x_evermini is not None and self.x_evermini.reading == "sweep":
-            raise UnsupportedParameterError(
-                "x_evermini.reading 'sweep' (reading all of a long text, for questions about the whole of it) is not "
-                "there yet. Use 'auto', 'recall' or 'dense'.",
-                param="x_evermini.reading",
-            )
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise InvalidRequestError(
@@ -300,7 +295,7 @@ class ChatRequest(SamplingRequest):
     def reading(self) -> Reading:
         """How the prompt is to be read."""
         wanted = self.x_evermini.reading if self.x_evermini else None
-        return "auto" if wanted is None or wanted == "sweep" else wanted
+        return wanted or "auto"
 
     @property
     def wants_why(self) -> bool:

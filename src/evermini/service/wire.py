@@ -13,6 +13,7 @@ from evermini.service.decode import ScoredToken
 from evermini.service.generation import Usage
 from evermini.service.runtime import ModelInfo
 from evermini.service.schemas import ChatRequest
+from evermini.service.sweep import Swept
 from evermini.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -116,10 +117,12 @@ def tool_call(call: ToolCall) -> Json:
 
 
 def why(run: ChatRun) -> Json:
-    """Return how the prompt was read: ``recall`` is null if it was read whole."""
-    recalled = run.recalled
+    """Return how the prompt was read: ``recall`` and ``sweep`` are null if it was read whole."""
+    recalled, swept = run.recalled, run.swept
+    if swept is not None:
+        return {"reading": "sweep", "recall": None, "sweep": _sweep(swept)}
     if recalled is None:
-        return {"reading": "dense", "recall": None}
+        return {"reading": "dense", "recall": None, "sweep": None}
     found = recalled.selection
     return {
         "reading": "recall",
@@ -146,6 +149,24 @@ def why(run: ChatRun) -> Json:
             "query_seconds": round(found.query_seconds, 3),
             "scan_seconds": round(found.scan_seconds, 3),
         },
+        "sweep": None,
+    }
+
+
+def _sweep(swept: Swept) -> Json:
+    return {
+        "task": swept.task,
+        "question": swept.question,
+        "windows": swept.num_windows,
+        "counts": swept.counts,
+        "items": None if swept.items is None else list(swept.items),
+        "empty_windows": swept.num_empty,
+        "dropped_items": swept.num_dropped,
+        "reduce_rounds": swept.num_rounds,
+        "prompt_tokens_read": len(swept.prompt),
+        "tokens_read": swept.tokens_read,
+        "tokens_written": swept.tokens_written,
+        "seconds": round(swept.seconds, 3),
     }
 
 

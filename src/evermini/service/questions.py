@@ -1,0 +1,87 @@
+"""What a question asks for, told by its words: things that can be told in code need no model.
+
+The rules know English. Another language, or a question they do not recognise, is one about the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(word for line in lines for word in line.split())
+
+
+DOCUMENT_NOUNS = _words(
+    "article chapter contract doc document essay file module page paper report script story"
+)
+"""What people call a whole document among several."""
+RECORD_NOUNS = _words(
+    "abstract answer bullet case chat comment complaint conversation customer email entry event excerpt feedback",
+    "headline incident item joke letter line log mail meeting message note opinion order paragraph poem post product",
+    "question quote recipe record reply request response result review row section snippet statement step submission",
+    "task testimonial text ticket transaction tweet",
+)
+"""What people call one entry of a list that is the text."""
+_COUNT = re.compile(
+    r"\b(?:how many|how often|count|number of|(?:what|which) (?:share|percentage|proportion|fraction) of)\b", re.I
+)  # fmt: skip
+_LIST = re.compile(r"\b(?:list|enumerate|all|every|each)\b", re.I)
+_WHICH = re.compile(r"\b(?:which|what)\b", re.I)
+_SKIPPED = _words(
+    "of the these those all different distinct my our your such out up me us a an every each"
+)
+_ENDS = _words(
+    "about above across am are at be been by can contain contained contains did do does express expresses for from had",
+    "has have in into is it mention mentioned mentions named on say says should show that their there they this to use",
+    "was we were where which who whose will with you",
+)
+_MAX_WORDS = 6
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a question asks for.
+
+    Attributes:
+        is_count: A number.
+        is_list: Everything of a kind.
+        nouns: What may be the name of that kind, in the singular, the likeliest last.
+    """
+
+    is_count: bool
+    is_list: bool
+    nouns: tuple[str, ...]
+
+
+def wanted(question: str) -> Wanted:
+    """Return what the question asks for."""
+    counts, lists = _COUNT.search(question), _LIST.search(question)
+    marker = counts or lists or _WHICH.search(question)
+    return Wanted(
+        is_count=counts is not None,
+        is_list=counts is None and lists is not None,
+        nouns=_nouns(question[marker.end() :]) if marker else (),
+    )
+
+
+def _nouns(rest: str) -> tuple[str, ...]:
+    found: list[str] = []
+    for match in re.findall(r"[^\W\d_]+|[.?!,;:]", rest)[: 2 * _MAX_WORDS]:
+        word = match.lower()
+        if word in _SKIPPED:
+            continue
+        if word in _ENDS or not word[0].isalpha() or len(found) == _MAX_WORDS:
+            break
+        found.append(singular(word))
+    return tuple(found)
+
+
+def singular(word: str) -> str:
+    """Return an English noun's singular, as far as three rules tell it."""
+    if word.endswith("ies") and len(word) > 4:
+        return word[:-3] + "y"
+    if re.search(r"(?:s|x|z|ch|sh)es$", word):
+        return word[:-2]
+    return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
