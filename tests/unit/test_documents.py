@@ -63,6 +63,10 @@ def test_what_is_no_text_says_what_it_is(data, reason, message):
     assert message in str(caught.value)
 
 
+def test_a_text_about_pdfs_is_a_text():
+    assert read_document(b'HEADER = "%PDF-"\n', "a.py").text == 'HEADER = "%PDF-"'
+
+
 def test_pdf_pages_are_marked_and_scans_named():
     document = read_document(make_pdf(["First page here.", "", "The third."]), "report.pdf")
     assert document.text == (

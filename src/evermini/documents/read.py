@@ -17,8 +17,6 @@ from evermini.errors import DocumentError
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _PDF_HEADER = b"%PDF-"
-_PDF_HEADER_WITHIN = 1024
-"""Readers accept a PDF header this far into a file."""
 _pdfium = threading.Lock()
 """PDFium may be used by one thread at a time, whatever the document."""
 
@@ -57,7 +55,7 @@ def read_document(data: bytes, name: str) -> Document:
 
 def is_pdf(data: bytes) -> bool:
     """Tell whether a file, or its beginning, is a PDF's."""
-    return _PDF_HEADER in data[: _PDF_HEADER_WITHIN + len(_PDF_HEADER)]
+    return data[:1024].lstrip().startswith(_PDF_HEADER)
 
 
 def _decode(data: bytes, name: str) -> str:
