@@ -281,7 +281,8 @@ class LLM:
             progress: Told, from another thread, how reading a long text goes.
             **params: Those of ``/v1/chat/completions``: ``max_completion_tokens``, ``temperature``, ``top_p``, ``n``,
                 ``stop``, ``seed``, ``logprobs``, ``top_logprobs``, ``logit_bias``, ``presence_penalty``,
-                ``frequency_penalty``, ``x_evermini``; ``response_format`` as there, or a pydantic model's class.
+                ``frequency_penalty``, ``tools`` (a choice has ``tool_calls``), ``tool_choice``,
+                ``parallel_tool_calls``, ``x_evermini``; ``response_format`` as there, or a pydantic model's class.
 
         Raises:
             ContextLengthError: The prompt is longer than `ModelInfo.context_window`, or prompt and output do not fit

@@ -545,6 +545,11 @@ class TestErrors:
         with pytest.raises(openai.NotFoundError, match=r"Invalid URL \(POST /v1/embeddings\)"):
             client.embeddings.create(model=MODEL, input="x")
 
+    def test_moderation_is_refused(self, client: openai.OpenAI) -> None:
+        with pytest.raises(openai.NotFoundError, match="does not moderate") as caught:
+            client.moderations.create(input="x")
+        assert caught.value.code == "unsupported_endpoint"
+
     def test_raw_response_headers(self, client: openai.OpenAI) -> None:
         response = client.models.with_raw_response.list()
         assert response.headers["x-request-id"].startswith("req_")

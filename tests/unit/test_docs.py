@@ -40,7 +40,6 @@ def test_what_messages_may_not_hold_is_listed():
     for name in (
         *unsupported.MESSAGE_UNSUPPORTED,
         *unsupported.UNSUPPORTED_PARTS,
-        *unsupported.UNSUPPORTED_ROLES,
     ):
         assert f"`{name}`" in API
 

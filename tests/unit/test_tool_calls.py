@@ -95,7 +95,7 @@ ODD = '{"city": "}\\"{<", "tags": ["a}", "\\"b{"]}'
 FENCED = '```json\n{\n  "name": "now",\n  "arguments": {}\n}\n```'
 LISTED = (
     '```json\n[\n  {"name": "now", "arguments": {}},\n'
-    '  {"name": "get_weather", "arguments": {\n "city": "x"}}\n]\n```'
+    '  {"name": "get_weather", "arguments": {"city": "x"}}\n]\n```'
 )
 
 EXAMPLES: list[tuple[str, str, Parsed]] = [
@@ -118,7 +118,7 @@ EXAMPLES: list[tuple[str, str, Parsed]] = [
     ("hermes", FENCED, ("", [("now", "{}")])),
     ("hermes", "So:\n" + FENCED, ("So:", [("now", "{}")])),
     ("hermes", '{{"name": "now", "arguments": {}}}', ("", [("now", "{}")])),
-    ("hermes", LISTED, ("", [("now", "{}"), ("get_weather", '{\n "city": "x"}')])),
+    ("hermes", LISTED, ("", [("now", "{}"), ("get_weather", '{"city": "x"}')])),
     ("hermes", '```json\n{"name": "Bob"}\n```', ('```json\n{"name": "Bob"}\n```', [])),
     ("hermes", 'f = {"a": [1, {}]} `x`', ('f = {"a": [1, {}]} `x`', [])),
     ("generic", "Hello {", ("Hello {", [])),

@@ -25,6 +25,7 @@ from evermini.api import (
     errors,
     files,
     models,
+    moderations,
     monitoring,
     responses,
     stored_chats,
@@ -107,6 +108,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         files,
         batches,
         models,
+        moderations,
         monitoring,
     ):
         app.include_router(module.router)

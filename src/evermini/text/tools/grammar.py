@@ -14,9 +14,6 @@ from evermini.text.tools.syntax import Syntax, ToolSpec
 MAX_PARALLEL_CALLS = 32
 """Calls in one answer; a small model that has lost its thread would go on for ever."""
 
-_LOOSE_STYLE = {"whitespace_flexible": True, "whitespace_pattern": r"[ ]?|\n[ ]{0,16}"}
-"""JSON that may be indented."""
-
 _JSON_STYLE = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -102,7 +99,7 @@ def _plain_rules(syntax: Syntax, rules: Rules) -> list[str]:
         lines += [
             f"FIRST_{number}: /(?s:.)*{own}/ & ~/(?s:.)*{begins}[^ ](?s:.)*/ & ~/(?s:.)*{begins} (?s:.)+/",
             f"NEXT_{number}: /{BETWEEN}{own}/",
-            f"plain_{number}: {_arguments(tool, _LOOSE_STYLE)} CLOSE",
+            f"plain_{number}: {_arguments(tool)} CLOSE",
         ]
         firsts.append(f"FIRST_{number} plain_{number}")
         others.append(f"NEXT_{number} plain_{number}")
@@ -153,10 +150,10 @@ def _call_rules(syntax: Syntax, rules: Rules) -> list[str]:
     return lines
 
 
-def _arguments(tool: ToolSpec, style: Mapping[str, Any] = _JSON_STYLE) -> str:
+def _arguments(tool: ToolSpec) -> str:
     schema: Mapping[str, Any] = tool.parameters or {"type": "object", "properties": {}}
     try:
-        return _json(declared_only({**schema, "type": "object"}), style)
+        return _json(declared_only({**schema, "type": "object"}))
     except SchemaError as error:
         refused = error.in_request(f"function '{tool.name}'", tool.path)
         refused.code = "invalid_function_parameters"
@@ -195,10 +192,10 @@ _OPEN = frozenset(
 """Beside one of these, ``properties`` need not be all that a schema declares."""
 
 
-def _json(schema: Mapping[str, Any], style: Mapping[str, Any] = _JSON_STYLE) -> str:
+def _json(schema: Mapping[str, Any]) -> str:
     rewritten = enforceable(schema)
     assert isinstance(rewritten, dict), "an object's schema stays one"
-    return f"%json {json.dumps({**rewritten, 'x-guidance': style})}"
+    return f"%json {json.dumps({**rewritten, 'x-guidance': _JSON_STYLE})}"
 
 
 def _input(syntax: Syntax, tool: ToolSpec, name: str) -> tuple[str, Sequence[str]]:

@@ -44,7 +44,7 @@ class Syntax:
         separator: Between two calls.
         key: Name of the arguments.
         tag: A special token that may stand before the calls, where the model's vocabulary has it.
-        takes_plain: A call may also be written as JSON in a code block or in the open, its arguments indented or not.
+        takes_plain: A call may also be written as JSON in a code block or in the open.
         max_calls: Calls in one answer that the family's template can write back.
     """
 
