@@ -98,7 +98,11 @@ class Server:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "evermini", "serve", "-m", "nano", "--port", "0", *arguments],
+            [
+                *(sys.executable, "-m", "evermini", "serve", "-m", "nano", "--port", "0"),
+                *("--database-url", "sqlite:///evermini.db"),  # in the test's own folder
+                *arguments,
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 
 import openai
 import pytest
@@ -68,6 +69,31 @@ def test_after_the_drain_timeout_clients_are_told(start_server):
     assert stopped.code == 0
     [error] = errors
     assert "engine was stopped" in error.message
+
+
+@pytest.mark.slow  # the lease of the dead server has to run out: half a minute
+def test_a_background_response_survives_a_killed_server(start_server):
+    server = start_server("--api-key", "sesame")
+    with client(server) as openai_client:
+        queued = openai_client.responses.create(
+            model="gpt-4.1-nano",
+            input="Write a long story about a lighthouse keeper.",
+            background=True,
+            max_output_tokens=1500,
+            temperature=0,
+        )
+        while openai_client.responses.retrieve(queued.id).status == "queued":
+            time.sleep(0.05)
+    server.process.kill()
+    server.process.communicate()
+    with client(start_server("--api-key", "sesame")) as openai_client:
+        assert openai_client.responses.retrieve(queued.id).status == "in_progress"
+        deadline = time.monotonic() + 120
+        while (answer := openai_client.responses.retrieve(queued.id)).status == "in_progress":
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+    assert answer.usage.output_tokens == 1500 or answer.status == "completed"
+    assert answer.output_text
 
 
 def test_refuses_to_be_open_to_the_network_without_a_key(evermini):

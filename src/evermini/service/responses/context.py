@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from evermini.errors import InvalidRequestError, NotFoundError
-from evermini.service.responses.items import Json, parse_items
+from evermini.service.offload import tokenise
+from evermini.service.responses.items import ITEM_CHARACTERS, Json, parse_items
 from evermini.service.responses.schemas import ContextRequest
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
@@ -26,7 +27,9 @@ class Contexts:
         """
         if request.input is None:
             return []
-        return await self.resolve(parse_items(request.input, "input"), "input")
+        size = ITEM_CHARACTERS * len(request.input) if isinstance(request.input, list) else 0
+        items = await tokenise(size, parse_items, request.input, "input")
+        return await self.resolve(items, "input")
 
     async def resolve(self, items: list[Json], path: str) -> list[Json]:
         """Return items with references replaced by what they refer to.

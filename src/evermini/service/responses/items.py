@@ -18,6 +18,9 @@ from evermini.service.validation import WireModel, check_variant, wrong_type
 
 Json = dict[str, Any]
 
+ITEM_CHARACTERS = 100
+"""Checking an item takes as long as tokenising so many characters."""
+
 ItemId = Annotated[str, Field(min_length=1, max_length=64)]
 CallId = Annotated[str, Field(min_length=1, max_length=64)]
 Status = Literal["in_progress", "completed", "incomplete"]

@@ -21,9 +21,15 @@ from evermini.service import chat, wire
 from evermini.service.metrics import Metrics
 from evermini.service.offload import tokenise
 from evermini.service.responses.events import EventWriter
-from evermini.service.responses.items import Json, new_id
-from evermini.service.responses.schemas import ResponseRequest, chat_request, renamed
+from evermini.service.responses.items import ITEM_CHARACTERS, Json, new_id
+from evermini.service.responses.schemas import (
+    ContextRequest,
+    ResponseRequest,
+    chat_request,
+    renamed,
+)
 from evermini.service.runtime import ServedModel
+from evermini.service.schemas import ChatRequest
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +149,15 @@ class ResponseRun:
         self._chat.abort()
 
 
+async def as_chat(request: ContextRequest, context: Sequence[Json]) -> ChatRequest:
+    """Return the chat completion that answers a response; many items are checked off the event loop.
+
+    Raises:
+        InvalidRequestError: As `chat_request` says.
+    """
+    return await tokenise(ITEM_CHARACTERS * len(context), chat_request, request, context)
+
+
 async def start_chat(
     served: ServedModel,
     request: ResponseRequest,
@@ -164,8 +179,7 @@ async def start_chat(
     """
 
     async def start(first: int) -> chat.ChatRun:
-        size = sum(len(str(item)) for item in context)
-        wanted = await tokenise(size, chat_request, request, context[first:])
+        wanted = await as_chat(request, context[first:])
         try:
             return await chat.start(served, wanted, metrics=metrics, arrived=arrived)
         except InvalidRequestError as error:

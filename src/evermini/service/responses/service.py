@@ -9,8 +9,14 @@ from evermini.service.prompting import whole_prompt
 from evermini.service.responses.background import Background
 from evermini.service.responses.context import Contexts
 from evermini.service.responses.items import Json
-from evermini.service.responses.run import ResponseRun, new_body, new_writer, start_chat
-from evermini.service.responses.schemas import ContextRequest, ResponseRequest, chat_request
+from evermini.service.responses.run import (
+    ResponseRun,
+    as_chat,
+    new_body,
+    new_writer,
+    start_chat,
+)
+from evermini.service.responses.schemas import ContextRequest, ResponseRequest
 from evermini.service.runtime import Runtime
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
@@ -76,7 +82,7 @@ class Responses:
         served = self._runtime.resolve(request.model)
         items = await self.contexts.items(request)
         # What is wrong with the request is said now, not in a response that has failed.
-        chat_request(request, [*await self.contexts.history(request), *items])
+        await as_chat(request, [*await self.contexts.history(request), *items])
         body = new_body(request, served.info.id, "queued")
         queued = dict(body)
         await self.background.submit(request, items, body)
@@ -91,7 +97,7 @@ class Responses:
         served = self._runtime.resolve(request.model)
         items = await self.contexts.items(request)
         context = [*await self.contexts.history(request), *items]
-        return len(await whole_prompt(served, chat_request(request, context)))
+        return len(await whole_prompt(served, await as_chat(request, context)))
 
     async def get(self, response_id: str) -> StoredResponse:
         """Return a stored response.
