@@ -142,21 +142,24 @@ class Background:
     ) -> None:
         log_of = _EventLog(self._database, self._store, self._owner, stored, events)
         try:
-            run = await self._start(stored, request, writer, log_of)
-        except EngineStoppedError:
-            return  # whoever claims it computes it
-        except Exception as error:
-            log_of.pending.append(writer.fail(failure(error)))
-            await log_of.save(writer.body, writer.terminal(), error)
-            return
-        try:
-            async with aclosing(run.events()) as produced:
-                async for event in produced:
-                    await log_of.add(event)
+            try:
+                run = await self._start(stored, request, writer, log_of)
+            except EngineStoppedError:
+                return  # whoever claims it computes it
+            except Exception as error:
+                await log_of.add(writer.fail(failure(error)))
+                await log_of.save(writer.body, writer.terminal(), error)
+                return
+            try:
+                async with aclosing(run.events()) as produced:
+                    async for event in produced:
+                        await log_of.add(event)
+            finally:
+                run.abort()
         except _NotOursError:
             log.info("response %s was cancelled, deleted or claimed", stored.id)
-        finally:
-            run.abort()
+        except StorageError as error:  # whoever claims it when the lease has run out sees to it
+            log.error("response %s: %s", stored.id, error.message)
 
     async def _start(
         self,
