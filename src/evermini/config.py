@@ -34,6 +34,7 @@ ENV_PREFIX = "EVERMINI_"
 OTHER_ENV = {
     "EVERMINI_CONFIG": "Path of the settings file; `--config` wins.",
     "EVERMINI_DEBUG": "Set: the command line shows tracebacks, as with `--debug`.",
+    "EVERMINI_EVAL_DATA": "Folder of the data sets that `evermini eval` takes its texts from; `--data` wins.",
     "EVERMINI_KERNELS": "0: compute with PyTorch operations instead of the native CPU kernels.",
 }
 """Variables of ours that are not settings, with what they do."""

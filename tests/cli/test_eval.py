@@ -79,8 +79,11 @@ def test_needles_are_hidden_asked_for_and_reported(evermini: Run, data: Path, tm
     assert (other.code, "differs in seed" in other.err) == (1, True)
 
 
-def test_a_missing_data_folder_says_what_to_do(evermini: Run, tmp_path: Path, lent: None):
-    result = evermini("eval", "multikey", "-m", "nano", "--data", tmp_path, "--out", tmp_path / "o")
+def test_a_missing_data_folder_says_what_to_do(
+    evermini: Run, tmp_path: Path, lent: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("EVERMINI_EVAL_DATA", str(tmp_path))
+    result = evermini("eval", "multikey", "-m", "nano", "--out", tmp_path / "o")
     assert result.code == 1
     assert "EVERMINI_EVAL_DATA" in result.err
 

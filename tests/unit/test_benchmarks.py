@@ -52,3 +52,47 @@ def test_every_metric_has_a_unit(engine: ModuleType) -> None:
     units = engine.FULL.units()
     assert len(units) == 9
     assert engine.server_metrics(engine.FULL) < set(units)
+
+
+@pytest.fixture
+def long_prompts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import recall
+
+    return recall
+
+
+def test_a_dense_prefill_is_extrapolated_by_matrices_and_attention(
+    long_prompts: ModuleType,
+) -> None:
+    def seconds(n: int) -> float:
+        return 0.002 * n + 3e-8 * n**2
+
+    measured = {n: seconds(n) for n in (1_000, 8_000, 32_000)}
+    measured[1_000] *= 2  # the shortest does not count
+    assert long_prompts.extrapolate(measured, 1_000_000) == pytest.approx(seconds(1_000_000))
+    text = long_prompts.llamacpp_table(measured, [8_000, 64_000])
+    assert "| 8,000 | 18 s | measured |" in text
+    assert f"| 64,000 | {seconds(64_000):,.0f} s | a*n + b*n^2 |" in text
+
+
+def test_tables_of_long_prompts(long_prompts: ModuleType) -> None:
+    rows = [
+        {"tokens": 8_000, "seconds": 2.0, "rate": 4_000.0, "bytes_per_token": 144.0},
+        {"tokens": 30_000, "seconds": 10.0, "rate": 3_000.0, "bytes_per_token": 144.0},
+    ]
+    assert "| 30,000 | 10.0 | 3,000 | 0.75 | 144 |" in long_prompts.ingest_table(rows)
+    found = {
+        "length": 100_000, "first": 30.0, "warm": [0.5, 0.7, 0.6], "restarted": 0.9, "cold": 1.5, "peak_rss": 1500.0,
+        "decode": {"short": [50.0, 60.0, 40.0], "long": [45.0, 44.0, 46.0]},
+    }  # fmt: skip
+    text = long_prompts.server_table(found)
+    assert "| first token of further questions, median | 600 ms |" in text
+    assert "| 45 / 50 tok/s = 0.90 |" in text
+
+
+def test_cold_pages_leave_the_file_alone(long_prompts: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    path.write_bytes(b"x" * 100_000)
+    long_prompts.drop_pages(iter([path]))
+    assert path.read_bytes() == b"x" * 100_000

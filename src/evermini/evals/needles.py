@@ -6,7 +6,8 @@
     two_hop      two passages far apart: the question names the first one's subject, the second one has the answer
     code         a function, and what it returns
 
-None of these words is in `evermini.recall.synthetic`, which retrieval heads are chosen on.
+The facts and sentences are not those of `evermini.recall.synthetic`, which retrieval heads are chosen on. Paraphrased
+facts are ones that mini can answer from the sentence alone: what is measured is the long text.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ _FAMILY = _words(
 )
 
 _PARAPHRASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("{name} tunes church bells for money", "What is the profession of {name}?", ("bell", "bells", "tuner")),
+    ("{name} tunes church bells for money", "How does {name} earn a living?", ("bells", "bell")),
     ("{name} swells up after eating walnuts", "Which food is {name} allergic to?", ("walnuts", "walnut")),
-    ("{name} shares a flat with nobody but an old parrot", "What kind of pet does {name} have?", ("parrot",)),
+    ("{name} shares a flat with nobody but an old parrot", "Which animal does {name} live with?", ("parrot",)),
     ("{name} speaks Basque to the children", "Which language is spoken in the family of {name}?", ("basque",)),
-    ("{name} goes to the office on a tricycle, whatever the weather", "How does {name} get to work?", ("tricycle",)),
     ("{name} would rather drown than look down from a tower", "What is {name} afraid of?", ("heights", "tower")),
-    ("{name} threw the discus for the national team twice", "Which sport did {name} compete in?", ("discus",)),
-    ("{name} pays the rent by forging signatures", "Which crime does {name} commit?", ("forgery", "forging")),
+    ("{name} cannot stand the smell of cinnamon", "Which spice does {name} dislike?", ("cinnamon",)),
+    ("{name} fell to the ground from a balloon and was buried there", "How did {name} die?", ("balloon",)),
+    ("{name} owes a fortune to rubber boots", "How did {name} become rich?", ("boots",)),
 )  # fmt: skip
 _GOODS = (
     "sacks of barley", "crates of oranges", "barrels of herring", "bales of wool", "jars of honey", "tons of slate",
@@ -132,7 +133,7 @@ def make_needles(kinds: Sequence[Kind], rng: random.Random) -> list[Needle]:
         else:
             function, number = next(functions), rng.randrange(1_000, 10_000)
             text = f"def {function}(entries):\n    entries.sort(key=len)\n    return {number} + len(entries)"
-            question = f"Which number does the function {function} add to len(entries)?"
+            question = f"What does the function {function} return?"
             needles.append(Needle(kind, (text,), question, (str(number),)))
     return needles
 
