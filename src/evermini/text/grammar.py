@@ -166,9 +166,12 @@ class GrammarCompiler:
     def _compile_schema(self, schema: Schema) -> Grammar:
         """Compile a schema, with fewer alternatives for what its parts refuse if it grows too large."""
         for max_options in _COMPLEMENT_OPTIONS:
-            plain = json.dumps(enforceable(schema, max_options))
+            plain = enforceable(schema, max_options)
+            if isinstance(plain, bool):  # llguidance takes objects only
+                plain = {} if plain else {"anyOf": []}
+            source = LLMatcher.grammar_from_json_schema(json.dumps(plain), overrides=_STYLE)
             try:
-                return self._compile(LLMatcher.grammar_from_json_schema(plain, overrides=_STYLE))
+                return self._compile(source)
             except InvalidRequestError as error:
                 problem = error.message
                 if "too large" not in problem:
