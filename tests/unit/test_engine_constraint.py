@@ -56,6 +56,12 @@ class StepsState:
                 return count
         return len(token_ids)
 
+    def forced(self) -> list[int]:
+        tokens: list[int] = []
+        while len(only := self._allowed(self._at + len(tokens))) == 1 and only != {END}:
+            tokens += only
+        return tokens
+
     @property
     def is_done(self) -> bool:
         return not self._grammar.endless and self._at == len(self._grammar.sets)
@@ -227,3 +233,17 @@ def test_steps_with_masks_are_counted():
     times = engine.stats().mask_times
     assert sum(times.counts) == 2
     assert times.seconds > 0
+
+
+def test_what_must_come_takes_few_steps_and_changes_nothing():
+    grammar = Steps(EVEN, {1}, {2}, {3}, {4}, {6}, ODD, {7}, {8})
+    plain, quick = TinyModel(), TinyModel()
+    outcomes = []
+    for model, speculation in ((plain, False), (quick, True)):
+        engine = engine_of(model, speculation=speculation)
+        engine.add("a", [1, 2, 3], params(grammar, top_logprobs=3))
+        outcomes.append(drive(engine)["a"])
+    assert outcomes[0].tokens == outcomes[1].tokens
+    assert outcomes[0].finished == outcomes[1].finished == Finished("stop")
+    assert len(plain.batches) == 9
+    assert len(quick.batches) < 6

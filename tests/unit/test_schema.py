@@ -91,7 +91,7 @@ def keywords(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         "required": st.lists(NAMES, max_size=2, unique=True),
         "minProperties": st.integers(0, 2),
         "maxProperties": st.integers(0, 2),
-        "propertyNames": st.sampled_from([{"pattern": "^[ab]$"}, {"maxLength": 1}, True]),
+        "propertyNames": st.sampled_from([{"pattern": "^[ab]$"}, {"maxLength": 1}, True, False]),
         "items": inner,
         "prefixItems": some,
         "minItems": st.integers(0, 2),

@@ -35,6 +35,9 @@ class ConstraintState(Protocol):
     def num_valid(self, token_ids: Sequence[int]) -> int:
         """Return how many of ``token_ids``, from the first on, could come next. Changes nothing."""
 
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that must come next, one after the other; may be empty though there are some."""
+
     @property
     def is_done(self) -> bool:
         """The grammar is complete: nothing but an end token may follow."""

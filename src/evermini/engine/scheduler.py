@@ -251,6 +251,8 @@ def _propose(sequence: Sequence, num_rows: int) -> Draft:
     limit = min(MAX_DRAFT, sequence.params.max_tokens - sequence.num_generated - 1)
     if sequence.drafter is None or limit < 1:
         return NO_DRAFT
+    if sequence.constraint is not None and (forced := sequence.constraint.forced()[:limit]):
+        return Draft(forced, (1.0,) * len(forced))
     return sequence.drafter.propose(limit, break_even(num_rows, num_rows))
 
 

@@ -77,6 +77,10 @@ class GrammarState:
         """Return how many of ``token_ids`` could come next, from the first on."""
         return self._matcher.validate_tokens(list(token_ids))
 
+    def forced(self) -> Sequence[int]:
+        """Return the tokens that must come next, one after the other; may be empty though there are some."""
+        return self._matcher.compute_ff_tokens()
+
     @property
     def is_done(self) -> bool:
         """Nothing but an end token may follow."""

@@ -311,6 +311,8 @@ class _Rewriter:
         )
         if not isinstance(allowed, bool):
             allowed = _object(allowed, context)
+        if allowed is False:
+            return [{"anyOf": [{"type": "object", "maxProperties": 0}, _NO_OBJECT]}]
         if allowed is True or not allowed:
             return []
         pattern = _pattern_of_names(allowed)
