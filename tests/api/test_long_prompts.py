@@ -105,6 +105,7 @@ def served(nano: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
         nano.tokenizer,
         nano.template,
         home=tmp_path_factory.mktemp("home"),
+        policy=nano.reader.policy,
         max_prompt_tokens=LIMIT,
     )
     yield replace(nano, reader=reader)

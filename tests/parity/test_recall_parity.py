@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ from evermini.recall import scan
 from evermini.recall.calibrate import Plan, calibrate, default_prefix
 from evermini.recall.calibration import Calibration, find_calibration, save_calibration
 from evermini.recall.load import load_calibration, open_recall
-from evermini.recall.scan import BLOCK, KeyRun, block_mass, quantize_keys
+from evermini.recall.scan import BLOCK, KeyRun, block_mass, even_starts, quantize_keys
 from evermini.recall.segment import cut
 from evermini.recall.select import Policy
 from evermini.recall.synthetic import KINDS, generate
 from evermini.text.tokenizer import Tokenizer
+from tests.conftest import data_file
 
 needs_kernels = pytest.mark.skipif(kernels.load() is None, reason=str(kernels.unavailable_reason()))
 
@@ -30,7 +33,7 @@ def random_runs(lengths, dim: int, seed: int = 0) -> tuple[list[KeyRun], torch.T
     for length in lengths:
         keys = 2 * torch.randn(length, dim, generator=generator)
         whole.append(keys)
-        runs.append(KeyRun(*quantize_keys(keys), block))
+        runs.append(KeyRun(*quantize_keys(keys), block, even_starts(length)))
         block += -(-length // BLOCK)
     return runs, torch.cat(whole)
 
@@ -77,6 +80,21 @@ def test_native_scan_equals_pytorch(monkeypatch):
     torch.testing.assert_close(native, block_mass(queries, runs, 81), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_kernels), False])
+def test_blocks_of_any_length_share_the_mass(monkeypatch, native):
+    """A block's mass is the sum of its keys' masses, wherever the blocks end."""
+    (even,), _ = random_runs([320], 64)
+    cuts = torch.tensor([0, 1, 33, 40, 72, 75, 107, 128, 160, 191, 192, 224, 250, 260, 292, 320])
+    uneven = KeyRun(even.keys, even.scales, 0, cuts.to(torch.int32))
+    single = KeyRun(even.keys, even.scales, 0, torch.arange(321, dtype=torch.int32))
+    queries = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) * 3
+    if not native:
+        monkeypatch.setattr(scan.kernels, "load", lambda: None)
+    alone = block_mass(queries, [single], 320)
+    together = torch.stack([alone[a:b].sum(0) for a, b in itertools.pairwise(cuts.tolist())])
+    torch.testing.assert_close(block_mass(queries, [uneven], 15), together, rtol=1e-4, atol=1e-7)
+
+
 def test_int8_keys_and_queries_lose_little():
     runs, keys = random_runs([4096], 64)
     queries = 2 * torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
@@ -90,7 +108,8 @@ def test_cut_into_runs_equals_whole():
     (whole,), _ = random_runs([2048], 64)
     queries = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
     pieces = [
-        KeyRun(whole.keys[i : i + 96], whole.scales[i : i + 96], i // BLOCK) for i in range(0, 2048, 96)
+        KeyRun(whole.keys[i : i + 96], whole.scales[i : i + 96], i // BLOCK, even_starts(min(96, 2048 - i)))
+        for i in range(0, 2048, 96)
     ]  # fmt: skip
     assert torch.equal(block_mass(queries, [whole], 64), block_mass(queries, pieces, 64))
 
@@ -150,6 +169,32 @@ def test_nano_finds_what_is_asked_and_where(nano, nano_path, tokenizer, tmp_path
         )
     assert sum(found.values()) >= 10, found
     assert found["lookalike"] == 3
+
+
+def test_nano_finds_both_facts_of_a_chain(nano, nano_path, tokenizer, tmp_path):
+    """HotpotQA: a question names one thing, and what is asked of it stands in another paragraph."""
+    path = data_file("hotpotqa/hotpot_distractor_sample.jsonl")
+    items = [json.loads(line) for line in path.read_text().splitlines()[:6]]
+    places, text = {}, ""
+    for item in items:
+        for title, sentences in zip(*item["context"].values(), strict=True):
+            paragraph = f"{title}\n{''.join(sentences)}\n\n"
+            places[title] = range(len(text), len(text) + len(paragraph))
+            text += paragraph
+    context = cut(text)
+    recall = open_recall(nano, tokenizer, open_checkpoint(nano_path).fingerprint, tmp_path)
+
+    def both_found(policy: Policy) -> int:
+        hits = 0
+        for item in items:
+            best = [sum(s.chars) // 2 for s in recall.rank(context, item["question"], policy)[:6]]
+            gold = {*item["supporting_facts"]["title"]}
+            hits += all(any(middle in places[title] for middle in best) for title in gold)
+        return hits
+
+    followed = both_found(Policy())
+    assert followed >= 4
+    assert followed >= both_found(Policy(follow=0))
 
 
 def test_an_unknown_model_calibrates_itself_once(nano, tokenizer, tmp_path):

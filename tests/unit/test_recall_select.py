@@ -48,7 +48,7 @@ def test_the_right_segment_of_many(tmp_path):
     texts = [filler(150, seed) for seed in range(50)]
     texts[37] = place(150, 75, seed=37)
     context = [Segment(text, f"doc{i}.txt") for i, text in enumerate(texts)]
-    selection = fake_recall(tmp_path).ask(context, QUESTION, Policy(max_tokens=200, min_peaks=1))
+    selection = fake_recall(tmp_path).ask(context, QUESTION, Policy(max_tokens=200, min_passages=1))
     best = max(selection.spans, key=lambda span: span.score)
     assert (best.segment, best.name) == (37, "doc37.txt")
 
@@ -86,19 +86,20 @@ def test_a_chain_of_facts_takes_a_second_round(tmp_path):
     lines[250] = "every Quillon Mirabel Ostrander hides keys inside a violin"
     text = "\n".join(lines)
     recall = fake_recall(tmp_path)
-    ask = lambda rounds: recall.ask(  # noqa: E731
-        [Segment(text)], "the red warehouse", Policy(max_rounds=rounds, min_peaks=1, falloff=0.015)
+    ask = lambda follow: recall.ask(  # noqa: E731
+        [Segment(text)], "the red warehouse", Policy(follow=follow, min_passages=1, falloff=0.3)
     )
     second_hop = text.index("Ostrander hides keys")
     covers = lambda s: any(span.chars[0] <= second_hop < span.chars[1] for span in s.spans)  # noqa: E731
-    assert not covers(ask(1))
-    assert covers(ask(2))
+    assert not covers(ask(0))
+    assert covers(ask(0.5))
+    assert ask(0.5).rounds == 2
 
 
 def test_places_in_text_with_wide_characters(tmp_path):
     text = "Zoë 🦓 naïve\n" * 40 + f"β {NEEDLE} ж\n" + "日本語 текст\n" * 40
     selection = fake_recall(tmp_path).ask(
-        [Segment(text)], QUESTION, Policy(max_tokens=64, min_peaks=1)
+        [Segment(text)], QUESTION, Policy(max_tokens=64, min_passages=1)
     )
     (span, *_) = sorted(selection.spans, key=lambda s: -s.score)
     assert found(selection, text)
@@ -204,7 +205,7 @@ def test_excerpts_keep_the_best_within_the_budget(tmp_path):
     text = place(4000, 3000)
     context = [Segment(text)]
     selection = fake_recall(tmp_path).ask(
-        context, QUESTION, Policy(max_tokens=2000, falloff=0, min_peaks=10)
+        context, QUESTION, Policy(max_tokens=2000, falloff=0, min_passages=10)
     )
     assert len(selection.spans) > 3
     result = excerpts(context, selection.spans, count, 400)
@@ -217,7 +218,7 @@ def test_excerpts_keep_the_best_within_the_budget(tmp_path):
 def test_excerpts_of_everything_leave_nothing_out(tmp_path):
     text = place(60, 30)
     context = [Segment(text)]
-    selection = fake_recall(tmp_path).ask(context, QUESTION, Policy(neighbours=10))
+    selection = fake_recall(tmp_path).ask(context, QUESTION, Policy(falloff=0, min_passages=10))
     result = excerpts(context, selection.spans, count, 10_000)
     assert result.omitted_chars == 0
     assert text in result.text

@@ -123,7 +123,13 @@ def _matching(settings: Settings, names: Sequence[str]) -> list[tuple[SegmentSto
         if not found and name != "all":
             raise NotFoundError(f"No ingested text {name!r}. See `evermini contexts ls --all`.")
         meant |= found
-    return [(stores[i.fingerprint], i) for i in present if (i.fingerprint, i.digest) in meant]
+    # An index of another version has no store of its own, but can be removed through any.
+    any_store = next(iter(stores.values()))
+    return [
+        (stores.get(i.fingerprint, any_store), i)
+        for i in present
+        if (i.fingerprint, i.digest) in meant
+    ]
 
 
 def _is_meant(info: SegmentInfo, name: str) -> bool:

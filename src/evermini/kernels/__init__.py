@@ -85,7 +85,9 @@ class Workspace(ctypes.Structure):
 class Run(ctypes.Structure):
     """``Run`` of recall.c."""
 
-    _fields_ = (("keys", _P), ("scales", _P), ("num_keys", _I), ("first_block", _I))
+    _fields_ = (
+        ("keys", _P), ("scales", _P), ("starts", _P), ("num_blocks", _I), ("first_block", _I),
+    )  # fmt: skip
 
 
 _Ptr = ctypes.POINTER

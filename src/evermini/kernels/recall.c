@@ -1,6 +1,6 @@
 /* Softmax mass of queries over very many int8 keys, in blocks: the scan behind a question to a long context.
  *
- * A run is a stretch of keys of one (layer, kv head) in one segment chunk. Blocks of 32 keys start anew in each run.
+ * A run is a stretch of keys of one (layer, kv head) in one segment chunk, cut into blocks of at most 32 keys.
  * For each block b and query i, with s = q_i . k_j over the block's keys j:
  *
  *     block_max[b][i] = max_j s        block_sum[b][i] = sum_j exp(s - block_max[b][i])
@@ -17,7 +17,8 @@
 typedef struct {
     const int8_t *keys;  /* (num_keys, head_dim) */
     const float *scales; /* (num_keys) */
-    int64_t num_keys, first_block;
+    const int32_t *starts; /* (num_blocks + 1) the first key of each block; last, the number of keys */
+    int64_t num_blocks, first_block;
 } Run;
 
 /* scores[rows][PANEL] of `rows` (constant) keys. */
@@ -68,9 +69,9 @@ void em_scan(const Run *runs, int64_t num_runs, int64_t d, const uint8_t *querie
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t i = 0; i < num_runs; i++) {
         const Run *run = &runs[i];
-        for (int64_t key = 0; key < run->num_keys; key += BLOCK) {
-            const int64_t num = run->num_keys - key < BLOCK ? run->num_keys - key : BLOCK;
-            const int64_t out = (run->first_block + key / BLOCK) * num_queries;
+        for (int64_t b = 0; b < run->num_blocks; b++) {
+            const int64_t key = run->starts[b], num = run->starts[b + 1] - key;
+            const int64_t out = (run->first_block + b) * num_queries;
             for (int64_t p = 0; p < num_queries; p += PANEL)
                 scan_block(queries + p * d, scales + p, run->keys + key * d, run->scales + key, num, d,
                            block_max + out + p, block_sum + out + p);

@@ -23,9 +23,9 @@ from torch import Tensor
 from evermini.errors import ModelError
 from evermini.models.batch import IndexModel
 from evermini.recall.calibration import Calibration
-from evermini.recall.scan import BLOCK, KeyRun, block_mass, quantize_keys
+from evermini.recall.scan import BLOCK, KeyRun, block_mass, even_starts, quantize_keys
 from evermini.recall.segment import ModelTokenizer, Segment, TextTokenizer, tokenize
-from evermini.recall.select import NULL_QUESTION, smooth
+from evermini.recall.select import NULL_QUESTION
 from evermini.recall.synthetic import KINDS, Document, generate
 from evermini.recall.windows import Windows
 
@@ -163,7 +163,7 @@ def _measure(
     keys: Tensor, starts: np.ndarray[Any, Any], layers: list[int],
 ) -> _Measured:  # fmt: skip
     num_blocks = -(-keys.shape[2] // BLOCK)
-    runs = [[[KeyRun(*quantize_keys(k), 0)] for k in layer] for layer in keys]
+    runs = [[[KeyRun(*quantize_keys(k), 0, even_starts(len(k)))] for k in layer] for layer in keys]
 
     def votes(question: str) -> Tensor:
         """Return each head's mean mass per block (layers, heads, blocks)."""
@@ -188,6 +188,12 @@ def _measure(
         gold.append(places)
     scores = [votes(question.text) - null for question in document.questions]
     return _Measured([question.kind for question in document.questions], gold, scores)
+
+
+def smooth(scores: Tensor) -> Tensor:
+    """Return scores in which a passage that straddles two blocks counts as much as one that lies inside a block."""
+    padded = torch.nn.functional.pad(scores, (1, 1))
+    return scores + torch.maximum(padded[..., :-2], padded[..., 2:]).clamp_min(0) / 2
 
 
 def answer_rank(scores: Tensor, gold: Sequence[int]) -> Tensor:

@@ -18,7 +18,9 @@ from evermini.errors import ModelError
 from evermini.recall.windows import Windows
 
 FORMAT = 1
-"""Version of calibration files and of the index on disk; another one is not read."""
+"""Version of calibration files; another one is not read."""
+INDEX_FORMAT = 2
+"""Version of the index on disk; another one is not read, and goes when its space is needed."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Calibration:
     def fingerprint(self) -> str:
         """Identity (16 hex digits) of every index made with it."""
         content = {key: value for key, value in asdict(self).items() if key != "measured"}
-        text = json.dumps([FORMAT, content], sort_keys=True)
+        text = json.dumps([INDEX_FORMAT, content], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def to_json(self) -> str:

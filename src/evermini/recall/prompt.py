@@ -40,7 +40,7 @@ class Span:
         chars: Its range of characters in the text the segment was cut from.
         lines: Its first and last line there, from 1.
         score: The vote it got; comparable within one question.
-        round: The round that found it, from 1.
+        round: 1: found by the question; 2: by following the words of the best passage.
     """
 
     segment: int

@@ -26,19 +26,20 @@ from torch import Tensor
 from evermini.models.batch import IndexModel
 from evermini.recall.calibration import Calibration
 from evermini.recall.prompt import Span
-from evermini.recall.scan import BLOCK
 from evermini.recall.segment import Segment, TextTokenizer, tokenize
 from evermini.recall.select import (
     NULL_QUESTION,
     ContextScan,
     Policy,
+    Ranking,
     TokenSpan,
-    smooth,
     spread,
-    take_blocks,
+    take,
     to_spans,
+    token_weights,
 )
 from evermini.recall.store import Damage, IndexedSegment, SegmentStore
+from evermini.recall.words import word_hash, words
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +82,12 @@ class Selection:
         spans: Passages in document order.
         num_tokens: Their length together, in tokens of the index model.
         num_context_tokens: Length of the context.
-        rounds: Rounds done.
-        top_score: Score of the best block; at most the number of heads.
-        spread: 0 to 1: how evenly the score lies over the context. A needle is near 0; a question about the whole
-            document has no place to point at and is near 1.
-        query_seconds: Time for the question's forward passes.
-        scan_seconds: Time for the scans of the index.
+        rounds: 2 if a span was found by following another one's words, else 1.
+        top_score: The heads' vote for the best block; at most their number.
+        spread: 0 to 1: how evenly that vote lies over the context. A plain needle is near 0. It does not tell a
+            question about the whole text; `evermini.recall.scope.needs_whole` does.
+        query_seconds: Time for the question's forward pass.
+        scan_seconds: Time for ranking: the scan of the index, words, choice.
     """
 
     spans: tuple[Span, ...]
@@ -97,6 +98,16 @@ class Selection:
     spread: float
     query_seconds: float
     scan_seconds: float
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A ranked context, and when (monotonic seconds) the question's forward pass began and ended."""
+
+    scan: ContextScan
+    ranking: Ranking
+    began: float
+    queried: float
 
 
 class Recall:
@@ -279,75 +290,81 @@ class Recall:
             policy: How much to take; default `Policy`.
         """
         policy = policy or Policy()
-        _, by_digest = self._ingest(segments, None, lambda: False)
-        opened = [by_digest[segment.digest] for segment in segments]
-        scan = ContextScan(self.calibration, opened)
-        question_ids = self._tokenizer.encode(question)
-        query_seconds = scan_seconds = 0.0
-        chosen: dict[int, int] = {}
-        taken: set[int] = set()
-        first: Tensor | None = None
-        best: Tensor | None = None
-        lead: list[int] = []
-        rounds = 0
-        if self._null is None:
-            self._null = self.queries(self._tokenizer.encode(NULL_QUESTION))
-        while rounds < policy.max_rounds and question_ids and scan.num_blocks:
-            rounds += 1
-            began = time.monotonic()
-            queries = self.queries([*lead, *question_ids])
-            query_seconds += time.monotonic() - began
-            began = time.monotonic()
-            scores = scan.score(queries, self._null)
-            scores[list(taken)] = 0  # a later round looks for what the earlier ones have not found
-            scores = smooth(scores)
-            scan_seconds += time.monotonic() - began
-            before = set(taken)
-            budget = policy.max_tokens - len(taken) * BLOCK
-            peaks = take_blocks(
-                scan, scores, policy, taken, budget, None if first is None else float(first.max())
-            )
-            first = scores if first is None else first
-            best = scores if best is None else torch.maximum(best, scores)
-            chosen.update(dict.fromkeys(taken - before, rounds))
-            if not taken - before:
-                break
-            lead = self._ids_around(scan, peaks[:2])
-        spans = to_spans(scan, best, chosen) if best is not None else []
+        opened = self._opened(segments)
+        num_context_tokens = sum(len(segment.ids) for segment in opened)
+        asked = self._ask(segments, opened, question, policy)
+        if asked is None:
+            return Selection((), 0, num_context_tokens, 0, 0.0, 0.0, 0.0, 0.0)
+        spans = to_spans(asked.scan, take(asked.scan, asked.ranking, policy))
         return Selection(
             spans=tuple(self._place(segments, opened, span) for span in spans),
             num_tokens=sum(span.end - span.start for span in spans),
-            num_context_tokens=sum(len(segment.ids) for segment in opened),
-            rounds=rounds,
-            top_score=float(first.max()) if first is not None else 0.0,
-            spread=spread(first) if first is not None else 0.0,
-            query_seconds=query_seconds,
-            scan_seconds=scan_seconds,
+            num_context_tokens=num_context_tokens,
+            rounds=max((span.round for span in spans), default=1),
+            top_score=float(asked.ranking.blocks.max()),
+            spread=spread(asked.ranking.blocks),
+            query_seconds=asked.queried - asked.began,
+            scan_seconds=time.monotonic() - asked.queried,
         )
 
-    def rank(self, segments: Sequence[Segment], question: str) -> list[Span]:
-        """Return every block of a context with its score in the first round, the best first; for evaluations.
+    def rank(
+        self,
+        segments: Sequence[Segment],
+        question: str,
+        policy: Policy | None = None,
+    ) -> list[Span]:
+        """Return every passage of a context with its score, the best first; for evaluations.
 
         Args:
             segments: The context, in order; what is missing is ingested first.
             question: What is asked, in plain text.
+            policy: How to rank; default `Policy`.
         """
+        opened = self._opened(segments)
+        asked = self._ask(segments, opened, question, policy or Policy())
+        if asked is None:
+            return []
+        scores, direct = asked.ranking.total, asked.ranking.direct
+        return [
+            self._place(
+                segments,
+                opened,
+                TokenSpan(
+                    *asked.scan.passage_place(passage),
+                    score=float(scores[passage]),
+                    round=1 if 2 * direct[passage] >= scores[passage] else 2,
+                ),
+            )
+            for passage in scores.argsort(descending=True, stable=True).tolist()
+        ]
+
+    def _opened(self, segments: Sequence[Segment]) -> list[IndexedSegment]:
         _, by_digest = self._ingest(segments, None, lambda: False)
-        opened = [by_digest[segment.digest] for segment in segments]
+        return [by_digest[segment.digest] for segment in segments]
+
+    def _ask(
+        self,
+        segments: Sequence[Segment],
+        opened: Sequence[IndexedSegment],
+        question: str,
+        policy: Policy,
+    ) -> _Asked | None:
+        """Rank the passages; ``None`` if there are none, or nothing is asked."""
         scan = ContextScan(self.calibration, opened)
+        ids, char_starts = tokenize(self._tokenizer, Segment(question))
+        if not len(ids) or not scan.num_blocks:
+            return None
+        began = time.monotonic()
         if self._null is None:
             self._null = self.queries(self._tokenizer.encode(NULL_QUESTION))
-        scores = smooth(scan.score(self.queries(self._tokenizer.encode(question)), self._null))
-        spans: list[Span] = []
-        for block in scores.argsort(descending=True).tolist():
-            number, start = scan.block_place(block)
-            end = min(start + BLOCK, len(opened[number].ids))
-            spans.append(
-                self._place(
-                    segments, opened, TokenSpan(number, start, end, float(scores[block]), 1)
-                )
-            )
-        return spans
+        queries = self.queries(ids.tolist())
+        queried = time.monotonic()
+        text = Segment(question).text
+        weights = token_weights(text, char_starts[1:].tolist(), scan.words.rarity)
+        blocks = scan.vote(queries, self._null, weights)
+        hashes = [word_hash(word) for _, _, word in words(text)]
+        ranking = scan.rank(blocks, hashes, policy.follow, [segment.text for segment in segments])
+        return _Asked(scan, ranking, began, queried)
 
     def queries(self, ids: Sequence[int]) -> list[Tensor]:
         """Return each pair's queries (heads, len(ids), head_dim) for a text that stands alone."""
@@ -361,13 +378,6 @@ class Recall:
             heads = [h for layer, h in calibration.heads if (layer, h // calibration.group) == pair]
             result.append(by_layer[pair[0]][0][len(prefix) :, heads].transpose(0, 1).contiguous())
         return result
-
-    def _ids_around(self, scan: ContextScan, blocks: Sequence[int]) -> list[int]:
-        ids: list[int] = []
-        for block in sorted(blocks):
-            segment, start = scan.block_place(block)
-            ids += scan.segments[segment].ids[max(0, start - 8) : start + 40].tolist()
-        return ids
 
     @staticmethod
     def _place(

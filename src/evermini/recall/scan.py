@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evermini import kernels
 
 BLOCK = 32
-"""Keys per block: the resolution of selection, and of `kernels/recall.c`."""
+"""Keys per block at most: the resolution of selection, and of `kernels/recall.c`."""
 _LANES = 64
 
 
@@ -27,11 +28,23 @@ class KeyRun:
         keys: (n, head_dim) int8, contiguous.
         scales: (n,) float32, contiguous.
         first_block: Where its blocks go; runs share no block.
+        starts: (blocks + 1,) int32, contiguous: the first key of each block, each at most ``BLOCK`` long; last, n.
     """
 
     keys: Tensor
     scales: Tensor
     first_block: int
+    starts: Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        """Its blocks."""
+        return self.starts.shape[0] - 1
+
+
+def even_starts(num_keys: int) -> Tensor:
+    """Return a run's ``starts`` with every block but the last full."""
+    return torch.tensor([*range(0, num_keys, BLOCK), num_keys], dtype=torch.int32)
 
 
 def quantize_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +83,13 @@ def _scan(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> tuple[Ten
     packed = packed.view(padded // _LANES, _LANES, dim // 4, 4).transpose(1, 2).contiguous()
     structs = (kernels.Run * len(runs))(
         *(
-            kernels.Run(r.keys.data_ptr(), r.scales.data_ptr(), r.keys.shape[0], r.first_block)
+            kernels.Run(
+                r.keys.data_ptr(),
+                r.scales.data_ptr(),
+                r.starts.data_ptr(),
+                r.num_blocks,
+                r.first_block,
+            )
             for r in runs
         )
     )
@@ -89,10 +108,10 @@ def _scan_torch(
     block_max, block_sum = torch.empty(num_blocks, q.shape[0]), torch.empty(num_blocks, q.shape[0])
     for run in runs:
         scores = (run.keys.float() @ q.float().T) * scales * run.scales[:, None]  # (n, Q)
-        n = scores.shape[0]
-        scores = torch.nn.functional.pad(scores, (0, 0, 0, -n % BLOCK), value=float("-inf"))
-        blocks = scores.view(-1, BLOCK, scores.shape[1])
-        where = slice(run.first_block, run.first_block + blocks.shape[0])
-        block_max[where] = blocks.amax(1)
-        block_sum[where] = (blocks - block_max[where][:, None]).exp().sum(1)
+        starts = run.starts[:-1].numpy()
+        highest = torch.from_numpy(np.maximum.reduceat(scores.numpy(), starts))
+        own = torch.repeat_interleave(highest, run.starts.diff().long(), dim=0)
+        where = slice(run.first_block, run.first_block + run.num_blocks)
+        block_max[where] = highest
+        block_sum[where] = torch.from_numpy(np.add.reduceat((scores - own).exp().numpy(), starts))
     return block_max, block_sum

@@ -1,26 +1,35 @@
-"""From a question to the few spans of a context that it needs.
+"""From a question to the few passages of a context that it needs.
 
-score   per retrieval head: softmax of the question's queries over *all* keys, per block of 32 tokens, averaged over
-        the question's tokens, minus the same for the null question; summed over heads
-take    best blocks first, each with its neighbours, until the scores fall off or the budget is spent
-again   for chains of facts: ask with the best spans before the question, at most three rounds
+score   per retrieval head: softmax of the question's queries over *all* keys, per block, averaged over the question's
+        tokens by how rare their words are, minus the same for the null question; summed over heads; a passage has its
+        best block's. To that, BM25 of the question's words; each divided by its best.
+follow  the best passage's rarest words that stand elsewhere, too, by BM25: the second fact of a chain shares a name
+        with the first, not with the question
+take    best passages first, until the scores fall off or the budget is spent
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evermini.recall.calibration import Calibration
 from evermini.recall.scan import BLOCK, KeyRun, block_mass
+from evermini.recall.segment import Ids
 from evermini.recall.store import IndexedSegment
+from evermini.recall.words import PassageWords, word_hash, words
 
 NULL_QUESTION = "N/A"
 MAX_SPAN_BLOCKS = 8
+_FOLLOWED_WORDS = 8
+_FULL_RARITY = 6.0
+"""Rarity (inverse document frequency) from which on a word of the question counts in full."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +38,24 @@ class Policy:
 
     Attributes:
         max_tokens: Budget of all spans together, in tokens of the index model.
-        neighbours: Blocks taken on either side of a chosen one.
-        falloff: A block is taken only if its score is at least this share of the best one's.
-        min_peaks: Chosen blocks to take in any case.
-        max_rounds: Rounds at most; a round after the first is done only while it finds something new.
+        falloff: A passage is taken only if its score is at least this share of the best one's.
+        min_passages: Passages to take in any case.
+        follow: Weight of the best passage's words against the question's own; 0 does not follow chains of facts.
     """
 
     max_tokens: int = 2048
-    neighbours: int = 2
-    falloff: float = 0.2
-    min_peaks: int = 3
-    max_rounds: int = 2
+    falloff: float = 0.35
+    min_passages: int = 4
+    follow: float = 0.5
+
+
+SPARING = Policy(max_tokens=1024, falloff=0.4, min_passages=2)
+"""For small readers: what does not belong to the answer leads them astray, and each token costs them as much time."""
 
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """Consecutive tokens of one segment; ``segment`` counts in the context, ``round`` from 1."""
+    """Consecutive tokens of one segment; ``segment`` counts in the context, ``round`` as in `Span`."""
 
     segment: int
     start: int
@@ -53,12 +64,23 @@ class TokenSpan:
     round: int
 
 
-Queries = Callable[[Sequence[int], Sequence[int]], list[Tensor]]
-"""(context ids, question ids) -> per pair of the calibration, (heads of it, question tokens, head_dim) queries."""
+@dataclass(frozen=True)
+class Ranking:
+    """What a question's passages got.
+
+    Attributes:
+        blocks: (num_blocks,) the heads' vote; at most the number of heads.
+        direct: (num_passages,) from the question itself; the best at most 2.
+        total: (num_passages,) with what following gives.
+    """
+
+    blocks: Tensor
+    direct: Tensor
+    total: Tensor
 
 
 class ContextScan:
-    """The keys of a list of segments, ready to be scored.
+    """The keys and words of a list of segments, ready to be scored.
 
     Args:
         calibration: The index's.
@@ -68,47 +90,141 @@ class ContextScan:
     def __init__(self, calibration: Calibration, segments: Sequence[IndexedSegment]) -> None:
         self.calibration = calibration
         self.segments = list(segments)
-        self.first_blocks: list[int] = []
+        self.words = PassageWords([segment.words for segment in segments])
+        self.first_blocks = np.cumsum([0, *(len(s.blocks) for s in segments)]).tolist()
+        self.first_passages = np.cumsum([0, *(len(s.passages) for s in segments)]).tolist()
+        self.num_blocks: int = self.first_blocks[-1]
+        self.num_passages: int = self.first_passages[-1]
         self._runs: list[list[KeyRun]] = [[] for _ in calibration.pairs]
-        total = 0
-        for segment in self.segments:
-            self.first_blocks.append(total)
+        chunk_tokens = calibration.windows.chunk
+        for segment, first in zip(self.segments, self.first_blocks, strict=False):
+            edges = np.append(segment.blocks, len(segment.ids)).astype(np.int32)
+            cuts = np.searchsorted(edges, np.arange(segment.num_chunks + 1) * chunk_tokens)
             for chunk in range(segment.num_chunks):
-                first = total + chunk * calibration.windows.chunk // BLOCK
+                begin, end = int(cuts[chunk]), min(int(cuts[chunk + 1]), len(segment.blocks))
+                starts = torch.from_numpy(edges[begin : end + 1] - chunk * chunk_tokens)
                 for runs, (keys, scales) in zip(self._runs, segment.chunk_keys(chunk), strict=True):
-                    runs.append(KeyRun(keys, scales, first))
-            total += -(-len(segment.ids) // BLOCK)
-        self.num_blocks = total
+                    runs.append(KeyRun(keys, scales, first + begin, starts))
 
-    def score(self, queries: Sequence[Tensor], null: Sequence[Tensor]) -> Tensor:
-        """Return each block's score, (num_blocks,): the vote of all heads, null question subtracted."""
+    def vote(self, queries: Sequence[Tensor], null: Sequence[Tensor], weights: Tensor) -> Tensor:
+        """Return each block's score, (num_blocks,): the vote of all heads, null question subtracted.
+
+        Args:
+            queries: Per pair of the calibration, (its heads, tokens, head_dim) of the question.
+            null: The same of the null question.
+            weights: (tokens,) how much each of the question's tokens counts; they sum to 1.
+        """
         total = torch.zeros(self.num_blocks)
         for runs, asked, nothing in zip(self._runs, queries, null, strict=True):
             heads, length, dim = asked.shape
             both = torch.cat([asked.reshape(-1, dim), nothing.reshape(-1, dim)])
-            weights = torch.full((both.shape[0],), 1 / length)
-            weights[heads * length :] = -1 / nothing.shape[1]
-            total += block_mass(both, runs, self.num_blocks) @ weights
+            share = torch.full((both.shape[0],), -1 / nothing.shape[1])
+            share[: heads * length] = weights.repeat(heads)
+            total += block_mass(both, runs, self.num_blocks) @ share
         return total
 
-    def block_place(self, block: int) -> tuple[int, int]:
-        """Return the segment of a block and its first token there."""
-        low, high = 0, len(self.first_blocks) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.first_blocks[middle] <= block else (low, middle - 1)
-        return low, (block - self.first_blocks[low]) * BLOCK
+    def rank(
+        self, blocks: Tensor, question: Sequence[int], follow: float, texts: Sequence[str]
+    ) -> Ranking:
+        """Return what the passages get.
 
-    def segment_blocks(self, segment: int) -> tuple[int, int]:
-        """Return the range of a segment's blocks."""
+        Args:
+            blocks: From `vote`.
+            question: Hashes of the question's words.
+            follow: As in `Policy`.
+            texts: The segments' texts.
+        """
+        heads = self._by_passage(blocks)
+        direct = _relative(heads) + _relative(torch.from_numpy(self.words.score(question)))
+        best = int(direct.argmax())
+        peak = float(direct[best])
+        if not follow or peak <= 0:
+            return Ranking(blocks, direct, direct)
+        segment, start, end = self.passage_place(best)
+        chars = self.segments[segment].char_starts
+        asked = set(question)
+        found = {
+            word_hash(word)
+            for _, _, word in words(texts[segment][int(chars[start]) : int(chars[end])])
+            if len(word) > 2
+        }
+        new = sorted(word for word in found - asked if self.words.is_shared(word))
+        new.sort(key=lambda word: -self.words.rarity(word))
+        others = torch.from_numpy(self.words.score(new[:_FOLLOWED_WORDS]))
+        others[best] = 0
+        others = _relative(others)
+        others[best] = 1  # it stays the best
+        return Ranking(blocks, direct, direct + follow * peak * others)
+
+    def _by_passage(self, blocks: Tensor) -> Tensor:
+        """Return each passage's best block's score."""
+        firsts = [
+            np.searchsorted(segment.blocks, segment.passages) + first
+            for segment, first in zip(self.segments, self.first_blocks, strict=False)
+        ]
+        return torch.from_numpy(np.maximum.reduceat(blocks.numpy(), np.concatenate(firsts)))
+
+    def block_place(self, block: int) -> tuple[int, int, int]:
+        """Return the segment of a block, its first token there and the end."""
+        segment = bisect_right(self.first_blocks, block) - 1
+        return segment, *_range(
+            self.segments[segment].blocks,
+            block - self.first_blocks[segment],
+            self.segments[segment],
+        )
+
+    def passage_place(self, passage: int) -> tuple[int, int, int]:
+        """Return the segment of a passage, its first token there and the end."""
+        segment = bisect_right(self.first_passages, passage) - 1
+        return segment, *_range(
+            self.segments[segment].passages,
+            passage - self.first_passages[segment],
+            self.segments[segment],
+        )
+
+    def passage_blocks(self, passage: int) -> range:
+        """Return a passage's blocks."""
+        segment, start, end = self.passage_place(passage)
         first = self.first_blocks[segment]
-        return first, first + -(-len(self.segments[segment].ids) // BLOCK)
+        begin, past = np.searchsorted(self.segments[segment].blocks, [start, end]).tolist()
+        return range(first + begin, first + past)
+
+    def segment_blocks(self, segment: int) -> range:
+        """Return a segment's blocks."""
+        return range(self.first_blocks[segment], self.first_blocks[segment + 1])
 
 
-def smooth(scores: Tensor) -> Tensor:
-    """Return scores in which a passage that straddles two blocks counts as much as one that lies inside a block."""
-    padded = torch.nn.functional.pad(scores, (1, 1))
-    return scores + torch.maximum(padded[..., :-2], padded[..., 2:]).clamp_min(0) / 2
+def _range(starts: Ids, number: int, segment: IndexedSegment) -> tuple[int, int]:
+    is_last = number + 1 == len(starts)
+    return int(starts[number]), len(segment.ids) if is_last else int(starts[number + 1])
+
+
+def _relative(scores: Tensor) -> Tensor:
+    """Return scores with the best one as 1 and negative ones as 0."""
+    scores = scores.clamp_min(0)
+    peak = float(scores.max())
+    return scores / peak if peak > 0 else scores
+
+
+def token_weights(
+    question: str, token_ends: Sequence[int], rarity: Callable[[int], float]
+) -> Tensor:
+    """Return how much each of a question's tokens counts, (tokens,), summing to 1: as much as its word is rare.
+
+    Args:
+        question: The question.
+        token_ends: The character at which each of its tokens ends.
+        rarity: Of a word, by its hash.
+    """
+    weights = torch.zeros(len(token_ends))
+    ends = np.array(token_ends)
+    begins = np.append(0, ends[:-1])
+    for start, end, word in words(question):
+        share = min(rarity(word_hash(word)), _FULL_RARITY) / _FULL_RARITY
+        inside = torch.from_numpy((begins < end) & (ends > start))
+        weights[inside] = weights[inside].clamp_min(share)
+    total = float(weights.sum())
+    return weights / total if total > 0 else torch.full_like(weights, 1 / max(1, len(weights)))
 
 
 def spread(scores: Tensor) -> float:
@@ -122,58 +238,49 @@ def spread(scores: Tensor) -> float:
     return entropy / math.log(len(scores))
 
 
-def take_blocks(
-    scan: ContextScan,
-    scores: Tensor,
-    policy: Policy,
-    taken: set[int],
-    budget: int,
-    reference: float | None = None,
-) -> list[int]:
-    """Add the best blocks with their neighbours to ``taken``, within ``budget`` tokens; return the chosen ones.
+def take(scan: ContextScan, ranking: Ranking, policy: Policy) -> dict[int, tuple[float, int]]:
+    """Return the blocks to read, each with its passage's score and round (2: found by following).
 
-    Args:
-        scan: The context.
-        scores: What the blocks got, (num_blocks,).
-        policy: How much to take.
-        taken: Blocks taken so far; grows.
-        budget: Tokens that may be added.
-        reference: The first round's best score, in later rounds: they take only what compares with it.
+    A passage is taken as a whole; if its best block is at its edge, with the block beyond. Of one that exceeds what is
+    left of the budget, the part around its best block.
     """
-    peaks: list[int] = []
-    if not scan.num_blocks:
-        return peaks
-    order = torch.topk(scores, min(scan.num_blocks, 4096)).indices.tolist()
-    floor = max(0.0, (float(scores[order[0]]) if reference is None else reference) * policy.falloff)
-    min_peaks = policy.min_peaks if reference is None else 0
-    for block in order:
-        if budget < BLOCK or (len(peaks) >= min_peaks and scores[block] <= floor):
+    taken: dict[int, tuple[float, int]] = {}
+    scores = ranking.total
+    order = torch.topk(scores, min(scan.num_passages, 4096)).indices.tolist()
+    floor = max(0.0, float(scores[order[0]]) * policy.falloff)
+    direct_floor = max(0.0, float(ranking.direct.max()) * policy.falloff)
+    budget = policy.max_tokens
+    for number, passage in enumerate(order):
+        score = float(scores[passage])
+        if budget <= 0 or (number >= policy.min_passages and score <= floor):
             break
-        first, end = scan.segment_blocks(scan.block_place(block)[0])
-        around = range(
-            max(first, block - policy.neighbours), min(end, block + policy.neighbours + 1)
+        own = scan.passage_blocks(passage)
+        peak = own[int(ranking.blocks[own.start : own.stop].argmax())]
+        all_of = scan.segment_blocks(scan.passage_place(passage)[0])
+        reach = range(
+            max(all_of.start, min(own.start, peak - 1)), min(all_of.stop, max(own.stop, peak + 2))
         )
-        new = sorted(
-            (other for other in around if other not in taken), key=lambda other: abs(other - block)
-        )
-        new = new[: budget // BLOCK]
-        if new:
-            budget -= len(new) * BLOCK
-            taken.update(new)
-            peaks.append(block)
-    return peaks
+        followed = float(ranking.direct[passage]) < min(score, direct_floor)
+        for block in sorted(reach, key=lambda block: abs(block - peak)):
+            _, start, end = scan.block_place(block)
+            if block in taken:
+                continue
+            if end - start > budget:
+                break
+            budget -= end - start
+            taken[block] = score, 2 if followed else 1
+    return taken
 
 
-def to_spans(scan: ContextScan, scores: Tensor, blocks: dict[int, int]) -> list[TokenSpan]:
-    """Join adjacent blocks (block -> round) of a segment into spans, in order; a span has its best block's score.
+def to_spans(scan: ContextScan, blocks: dict[int, tuple[float, int]]) -> list[TokenSpan]:
+    """Join adjacent blocks (block -> score, round) of a segment into spans, in order; a span has its best score.
 
-    No span is longer than ``MAX_SPAN_BLOCKS``, so that a small budget can take the best part of a long passage.
+    No span is much longer than ``MAX_SPAN_BLOCKS`` blocks, so that a small budget can take a part of a long text.
     """
     spans: list[TokenSpan] = []
     for block in sorted(blocks):
-        segment, start = scan.block_place(block)
-        end = min(start + BLOCK, len(scan.segments[segment].ids))
-        score, number = float(scores[block]), blocks[block]
+        segment, start, end = scan.block_place(block)
+        score, number = blocks[block]
         if spans and spans[-1].segment == segment and _joins(spans[-1], start):
             last = spans.pop()
             start, score, number = last.start, max(score, last.score), min(number, last.round)

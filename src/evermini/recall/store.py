@@ -6,6 +6,7 @@
     HOME/recall/.locks/<fingerprint>-<digest>.lock            held by the one writer of a segment
 
     .tokens   | magic, counts, crc32 of the rest | name, beginning | ids uint32 (n) | character starts uint32 (n + 1) |
+              | passage starts uint32 | words by passage (`evermini.recall.words`) |
     .keys     | record of chunk 0 | record of chunk 1 | ...            all of one size but the last chunk's
     record    | magic, chunk, tokens, crc32 (64 bytes) | pair 0: keys int8 (n, d), scales float32 (n) | pair 1: ... |
 
@@ -31,11 +32,13 @@ from torch import Tensor
 
 from evermini.errors import RecallDiskError
 from evermini.recall.calibration import Calibration
+from evermini.recall.passages import block_starts, passage_starts
 from evermini.recall.scan import quantize_keys
 from evermini.recall.segment import Ids, Segment
+from evermini.recall.words import WordIndex, index_words
 
-_TOKENS = struct.Struct("<8sQII")  # magic, tokens, bytes of preview, crc32
-_TOKENS_MAGIC = b"EVRTOK1\0"
+_TOKENS = struct.Struct("<8sQIIII")  # magic, tokens, bytes of preview, of words, passages, crc32
+_TOKENS_MAGIC = b"EVRTOK2\0"
 _RECORD = struct.Struct("<8sIII44x")  # magic, chunk, tokens, crc32
 _RECORD_MAGIC = b"EVRKEY1\0"
 _PREVIEW_CHARS = 120
@@ -83,14 +86,20 @@ class IndexedSegment:
     Attributes:
         ids: (n,) its tokens.
         char_starts: (n + 1,) the character where each token begins; last, the text's length.
+        passages: (p,) the token where each passage begins.
+        blocks: (b,) the token where each block begins.
+        words: Which words stand in which passage.
     """
 
     def __init__(self, calibration: Calibration, folder: Path, digest: str) -> None:
         self.digest = digest
         self._calibration = calibration
         self._keys_path = folder / f"{digest}.keys"
-        self.ids, self.char_starts, _ = read_tokens(folder / f"{digest}.tokens")
+        tokens = read_tokens(folder / f"{digest}.tokens")
+        self.ids, self.char_starts, self.passages = tokens.ids, tokens.char_starts, tokens.passages
+        self.words = WordIndex.from_bytes(tokens.words)
         self.num_chunks = calibration.windows.num_chunks(len(self.ids))
+        self.blocks = block_starts(self.passages, len(self.ids), calibration.windows.chunk)
         self._chunks: list[list[tuple[Tensor, Tensor]]] = []
 
     def _record_bytes(self, num_tokens: int) -> int:
@@ -235,13 +244,17 @@ class SegmentStore:
         return segment
 
     def create(self, segment: Segment, ids: Ids, char_starts: Ids) -> IndexedSegment:
-        """Write a segment's tokens; its keys follow with `IndexedSegment.write_chunk`."""
+        """Write a segment's tokens and words; its keys follow with `IndexedSegment.write_chunk`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.folder / _CALIBRATION, self.calibration.to_json().encode())
         path = self.folder / f"{segment.digest}.tokens"
         preview = _describe(segment).encode("utf-8", "replace")
-        body = preview + ids.tobytes() + char_starts.tobytes()
-        header = _TOKENS.pack(_TOKENS_MAGIC, len(ids), len(preview), zlib.crc32(body))
+        passages = passage_starts(segment.text, char_starts)
+        words = index_words(segment.text, char_starts[passages]).to_bytes()
+        body = preview + ids.tobytes() + char_starts.tobytes() + passages.tobytes() + words
+        header = _TOKENS.pack(
+            _TOKENS_MAGIC, len(ids), len(preview), len(words), len(passages), zlib.crc32(body)
+        )
         _write_atomically(path, header + body)
         return IndexedSegment(self.calibration, self.folder, segment.digest)
 
@@ -294,24 +307,21 @@ class SegmentStore:
         found = []
         for path in self.root.glob("*/*.tokens"):
             try:
-                ids, _, preview = read_tokens(path)
+                tokens = read_tokens(path)
+                num_tokens, preview = len(tokens.ids), tokens.preview
                 keys, stat = path.with_suffix(".keys"), path.stat()
                 size = stat.st_size + (keys.stat().st_size if keys.exists() else 0)
             except FileNotFoundError:
                 continue
             except _DamagedTokensError:
-                ids, preview, size, stat = (
-                    np.empty(0, np.uint32),
-                    "(damaged)",
-                    path.stat().st_size,
-                    path.stat(),
-                )
+                stat = path.stat()
+                num_tokens, preview, size = 0, "(damaged, or of another version)", stat.st_size
             name, _, preview = preview.rpartition("\n")
             found.append(
                 SegmentInfo(
                     path.parent.name,
                     path.stem,
-                    len(ids),
+                    num_tokens,
                     size,
                     stat.st_mtime,
                     preview,
@@ -345,27 +355,53 @@ class SegmentStore:
 
 
 def all_stores(home: Path) -> list[SegmentStore]:
-    """Return every index under a home folder."""
-    found = sorted((home / "recall").glob(f"*/{_CALIBRATION}"))
-    return [SegmentStore(home, Calibration.from_json(path.read_text())) for path in found]
+    """Return every index of this version under a home folder."""
+    stores = []
+    for path in sorted((home / "recall").glob(f"*/{_CALIBRATION}")):
+        store = SegmentStore(home, Calibration.from_json(path.read_text()))
+        if store.folder == path.parent:
+            stores.append(store)
+    return stores
 
 
 class _DamagedTokensError(Exception):
     """A tokens file is not what was written."""
 
 
-def read_tokens(path: Path) -> tuple[Ids, Ids, str]:
-    """Return the ids, the character starts, and the description (`_describe`) in a tokens file."""
+@dataclass(frozen=True)
+class Tokens:
+    """What a tokens file holds; attributes as in `IndexedSegment`, ``preview`` as `_describe` wrote it."""
+
+    ids: Ids
+    char_starts: Ids
+    passages: Ids
+    words: memoryview
+    preview: str
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Read a tokens file."""
     data = path.read_bytes()
     try:
-        magic, n, preview_bytes, crc = _TOKENS.unpack_from(data)
+        magic, n, preview_bytes, word_bytes, num_passages, crc = _TOKENS.unpack_from(data)
     except struct.error:
         raise _DamagedTokensError(str(path)) from None
     body = memoryview(data)[_TOKENS.size :]
-    if magic != _TOKENS_MAGIC or len(body) != preview_bytes + 8 * n + 4 or zlib.crc32(body) != crc:
+    size = 4 * (2 * n + 1 + num_passages)
+    if (
+        magic != _TOKENS_MAGIC
+        or len(body) != preview_bytes + size + word_bytes
+        or zlib.crc32(body) != crc
+    ):
         raise _DamagedTokensError(str(path))
-    numbers = np.frombuffer(data, np.uint32, 2 * n + 1, _TOKENS.size + preview_bytes)
-    return numbers[:n], numbers[n:], bytes(body[:preview_bytes]).decode()
+    numbers = np.frombuffer(data, np.uint32, size // 4, _TOKENS.size + preview_bytes)
+    return Tokens(
+        ids=numbers[:n],
+        char_starts=numbers[n : 2 * n + 1],
+        passages=numbers[2 * n + 1 :],
+        words=body[preview_bytes + size :],
+        preview=bytes(body[:preview_bytes]).decode(),
+    )
 
 
 def _describe(segment: Segment) -> str:

@@ -75,6 +75,7 @@ class LongReader:
         tokenizer: The answering model's tokenizer.
         template: Its chat template.
         home: Evermini's home folder, where the index lives.
+        policy: How much to read for a question.
         max_bytes: Cap on the index on disk.
         max_prompt_tokens: Longer prompts are refused.
     """
@@ -86,10 +87,12 @@ class LongReader:
         template: ChatTemplate,
         *,
         home: Path,
+        policy: Policy | None = None,
         max_bytes: int | None = None,
         max_prompt_tokens: int = MAX_PROMPT_TOKENS,
     ) -> None:
         self.indexer = indexer
+        self.policy = policy or Policy()
         self.max_prompt_tokens = max_prompt_tokens
         self.home = home
         self.assembler = Assembler(tokenizer, template, self._known_tokens)
@@ -172,7 +175,7 @@ class LongReader:
 
     def _recall_for(self, request: ChatRequest, plan: Plan) -> Recalled:
         """Find what the question needs and write the prompt."""
-        policy = Policy(max_tokens=min(Policy().max_tokens, plan.budget * 2 // 3))
+        policy = replace(self.policy, max_tokens=min(self.policy.max_tokens, plan.budget * 2 // 3))
         selection = self.recall().ask(plan.segments, plan.question, policy)
         readings, included = self.assembler.excerpts(plan, selection.spans)
         return Recalled(

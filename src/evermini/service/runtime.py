@@ -22,6 +22,8 @@ from evermini.engine.worker import EngineWorker
 from evermini.errors import ConfigError, ModelNotFoundError
 from evermini.models.batch import Model
 from evermini.models.checkpoint import Checkpoint
+from evermini.models.config import ModelConfig
+from evermini.recall.select import SPARING, Policy
 from evermini.service.loading import load_checkpoint, load_indexer
 from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
@@ -32,6 +34,8 @@ from evermini.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+_SMALL = 15_000_000
+"""Layers times squared width below which a model counts as a small reader: nano has 10 million, mini 19."""
 TIER_CREATED = 1_744_588_800
 """2025-04-14, the snapshot that the tiers stand in for."""
 
@@ -185,6 +189,7 @@ def load_tier(
             tokenizer,
             template,
             home=settings.home,
+            policy=reading_policy(loaded.model.config),
             max_bytes=settings.recall_disk,
         )
     info = ModelInfo(
@@ -203,6 +208,12 @@ def load_tier(
         reader,
         checkpoint.fingerprint,
     )
+
+
+def reading_policy(config: ModelConfig) -> Policy:
+    """Return how much of a long prompt a model is given to read for a question."""
+    is_small = config.num_layers * config.hidden_size**2 < _SMALL
+    return SPARING if is_small else Policy()
 
 
 def start_worker(model: Model, settings: Settings) -> EngineWorker:
