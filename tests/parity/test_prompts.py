@@ -1,0 +1,84 @@
+"""What the models are sent, against `transformers` with the same checkpoint's tokenizer and template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from evermini.config import load_settings
+from evermini.models import pull
+from evermini.models.catalogue import find
+from evermini.models.checkpoint import Checkpoint, open_checkpoint
+from evermini.service.rendering import encode
+from evermini.service.schemas import parse_chat
+from evermini.text.chat import ChatTemplate
+from evermini.text.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather of a city: 'now' & \"today\"",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {
+    "id": "call_1",
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": '{"city": "Zürich"}'},
+}
+TALK = [
+    {"role": "system", "content": "Be brief. 12345 déjà vu"},
+    {"role": "user", "content": "Hi  there\n\n don't 日本 🦙"},
+    {"role": "assistant", "content": "OK"},
+    {"role": "user", "content": "And 3.14?"},
+]
+CALLED = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL, {**CALL, "id": "call_2"}]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "12 C"},
+    {"role": "tool", "tool_call_id": "call_2", "content": "13 C"},
+]
+
+
+def checkpoint_of(tier: str) -> Checkpoint:
+    """Return a tier's checkpoint; all but nano only where it was fetched before."""
+    home = load_settings({}).settings.home
+    entry = find(tier)
+    assert entry is not None
+    if tier != "nano" and not (home / "models" / entry.sha256 / entry.filename).is_file():
+        pytest.skip(f"the weights of {tier} are not here")
+    return open_checkpoint(pull.ensure(tier, home=home))
+
+
+@pytest.mark.parametrize(
+    ("tier", "messages", "tools"),
+    [
+        ("nano", TALK, None),
+        ("nano", TALK[1:], None),
+        ("mini", TALK, None),
+        ("mini", TALK, [TOOL]),
+        ("mini", CALLED, [TOOL]),
+    ],
+)
+def test_prompts_are_the_models_own(
+    tier: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+) -> None:
+    checkpoint = checkpoint_of(tier)
+    template = ChatTemplate(Tokenizer(checkpoint.tokenizer))
+    request = parse_chat({"model": tier, "messages": messages, "tools": tools})
+    ours = encode(template, request, [message.text() for message in request.messages])
+    reference = transformers.AutoTokenizer.from_pretrained(
+        checkpoint.path.parent, gguf_file=checkpoint.path.name
+    )
+    theirs = reference.apply_chat_template(
+        messages,
+        tools=tools,
+        chat_template=checkpoint.tokenizer.chat_template,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert ours == theirs
