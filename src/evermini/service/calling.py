@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from evermini.engine.constraint import Constraint
@@ -13,7 +14,7 @@ from evermini.text.grammar import GrammarCompiler
 from evermini.text.tools.formats import ToolFormat
 from evermini.text.tools.grammar import Rules, tool_grammar
 from evermini.text.tools.parser import CallParser
-from evermini.text.tools.syntax import ToolSpec
+from evermini.text.tools.syntax import Syntax, ToolSpec
 
 
 def tools_shown(toolset: Toolset) -> list[ToolSpec]:
@@ -27,11 +28,19 @@ def specs(tools: Sequence[Tool], toolset: Toolset) -> list[ToolSpec]:
     return [_spec(tool, numbers[tool.name], toolset.is_legacy) for tool in tools]
 
 
-def new_parser(toolset: Toolset, form: ToolFormat) -> partial[CallParser] | None:
+def new_parser(request: ChatRequest, form: ToolFormat) -> partial[CallParser] | None:
     """Return what makes a reader of the calls in an answer, if there can be any."""
+    toolset = request.toolset
     if toolset.mode == "none":
         return None
-    return partial(CallParser, form.syntax, specs(toolset.callable, toolset))
+    return partial(CallParser, _syntax(request, form), specs(toolset.callable, toolset))
+
+
+def _syntax(request: ChatRequest, form: ToolFormat) -> Syntax:
+    """Return how calls are written: where answers are JSON, with marks alone."""
+    if request.answer_schema is None:
+        return form.syntax
+    return replace(form.syntax, takes_plain=False)
 
 
 def needs_grammar(request: ChatRequest) -> bool:
@@ -61,7 +70,7 @@ def compile_tools(request: ChatRequest, form: ToolFormat, compiler: GrammarCompi
         request.answer_schema,
         form.syntax.tag is not None and compiler.is_special(form.syntax.tag),
     )
-    return compiler.lark(tool_grammar(form.syntax, rules))
+    return compiler.lark(tool_grammar(_syntax(request, form), rules))
 
 
 def _spec(tool: Tool, number: int, is_legacy: bool) -> ToolSpec:

@@ -264,7 +264,7 @@ async def start(
         candidates,
         request.stop or [],
         timer,
-        new_parser=new_parser(request.toolset, served.template.tool_format),
+        new_parser=new_parser(request, served.template.tool_format),
     )
     generation.start()
     return ChatRun(served, request, generation, read)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from evermini.text.schema import SchemaError, enforceable
-from evermini.text.tools.plain import BETWEEN, CLOSE, END, functions_of, head
+from evermini.text.tools.plain import BETWEEN, CLOSE, END, head
 from evermini.text.tools.syntax import Syntax, ToolSpec
 
 MAX_PARALLEL_CALLS = 32
@@ -67,55 +67,59 @@ def _text_rules(syntax: Syntax, rules: Rules) -> list[str]:
     if not syntax.has_opener:
         # An answer that begins with a brace is a call.
         return [f"start: TEXT?{calls}", r"TEXT: /\s*[^\s{](?s:.)*/"]
-    opener = _escaped(syntax.opener.strip())
-    begins = opener
-    plain = _takes_plain(syntax, rules)
-    if plain:
-        names = "|".join(tool.name for tool in functions_of(rules.tools))
-        begins = f"({opener}|{_slashed(head(f'({names})', syntax.key))})"
-    lines = [f"TEXT: {_without(begins)}"]
+    opener, begins = _escaped(syntax.opener.strip()), _beginning(syntax, rules)
+    lines = [f"TEXT: /(?s:.)*/ & ~/(?s:.)*{begins}(?s:.)*/"]
     if rules.mode == "none":
         return ["start: TEXT", *lines]
     # The first opener ends the text, and nothing but a call follows.
     before = f"BEFORE: /(?s:.)*{opener}/ & ~/(?s:.)*{begins}(?s:.)+/"
-    return [f"start: TEXT | BEFORE call_rest{' | plain' if plain else ''}", *lines, before]
+    plain = " | plain" if _takes_plain(syntax, rules) else ""
+    return [f"start: TEXT | BEFORE call_rest{plain}", *lines, before]
 
 
 def _takes_plain(syntax: Syntax, rules: Rules) -> bool:
     wanted = syntax.takes_plain and rules.mode == "auto" and rules.answer is None
-    return wanted and bool(functions_of(rules.tools))
+    return wanted and any(tool.kind == "function" for tool in rules.tools)
+
+
+def _beginning(syntax: Syntax, rules: Rules) -> str:
+    """Return the pattern of all that ends an answer's text."""
+    opener = _escaped(syntax.opener.strip())
+    if not _takes_plain(syntax, rules):
+        return opener
+    names = "|".join(tool.name for tool in rules.tools if tool.kind == "function")
+    return f"({opener}|{_slashed(head(f'({names})', syntax.key))})"
 
 
 def _plain_rules(syntax: Syntax, rules: Rules) -> list[str]:
     """Return ``plain``: text, then calls without marks."""
-    tools = functions_of(rules.tools)
-    opener = _escaped(syntax.opener.strip())
-    any_head = head(f"({'|'.join(tool.name for tool in tools)})", syntax.key)
-    begins = f"({opener}|{_slashed(any_head)})"
+    begins = _beginning(syntax, rules)
+    most = _most_calls(syntax, rules)
     firsts, others, lines = [], [], []
-    for number, tool in enumerate(tools):
+    for number, tool in enumerate(rules.tools):
+        if tool.kind != "function":
+            continue
         own = _slashed(head(tool.name, syntax.key))
         # The head may end in a blank or not, so what must not go before is a head that goes on.
-        lines += [
-            f"FIRST_{number}: /(?s:.)*{own}/ & ~/(?s:.)*{begins}[^ ](?s:.)*/ & ~/(?s:.)*{begins} (?s:.)+/",
-            f"NEXT_{number}: /{BETWEEN}{own}/",
-            f"plain_{number}: {_arguments(tool)} CLOSE",
-        ]
-        firsts.append(f"FIRST_{number} plain_{number}")
-        others.append(f"NEXT_{number} plain_{number}")
-    most = min(syntax.max_calls, MAX_PARALLEL_CALLS) if rules.parallel else 1
-    more = f"({' | '.join(others)}){{0,{most - 1}}} " if most > 1 else ""
-    return [
-        f"plain: ({' | '.join(firsts)}) {more}END?",
-        *(line for line in lines if most > 1 or not line.startswith("NEXT_")),
-        f"CLOSE: /{CLOSE}/",
-        f"END: /{END}/",
-    ]
+        lines.append(
+            f"FIRST_{number}: /(?s:.)*{own}/ & ~/(?s:.)*{begins}[^ ](?s:.)*/ & ~/(?s:.)*{begins} (?s:.)+/"
+        )
+        firsts.append(f"FIRST_{number} args_{number} CLOSE")
+        if most > 1:
+            lines.append(f"NEXT_{number}: /{BETWEEN}{own}/")
+            others.append(f"NEXT_{number} args_{number} CLOSE")
+    more = f"({' | '.join(others)}){{0,{most - 1}}} " if others else ""
+    start = f"plain: ({' | '.join(firsts)}) {more}END?"
+    return [start, *lines, f"CLOSE: /{CLOSE}/", f"END: /{END}/"]
+
+
+def _most_calls(syntax: Syntax, rules: Rules) -> int:
+    return min(syntax.max_calls, MAX_PARALLEL_CALLS) if rules.parallel else 1
 
 
 def _call_rules(syntax: Syntax, rules: Rules) -> list[str]:
     """Return ``calls`` and, where text may come first, ``call_rest``: calls but for the first opener."""
-    most = min(syntax.max_calls, MAX_PARALLEL_CALLS) if rules.parallel else 1
+    most = _most_calls(syntax, rules)
     lines: list[str] = []
     closed: list[str] = []
     names: list[str] = []
@@ -123,7 +127,8 @@ def _call_rules(syntax: Syntax, rules: Rules) -> list[str]:
         name, body = f"tool_{number}", f"{_quoted(_quoted(tool.name))} "
         names.append(name)
         if tool.kind == "function":
-            body += f'", " {_quoted(_quoted(syntax.key))} ": " {_arguments(tool)} '
+            body += f'", " {_quoted(_quoted(syntax.key))} ": " args_{number} '
+            lines.append(f"args_{number}: {_arguments(tool)}")
             body += _quoted("}" + syntax.closer)
         else:
             text, more = _input(syntax, tool, f"INPUT_{number}")
@@ -208,10 +213,6 @@ def _input(syntax: Syntax, tool: ToolSpec, name: str) -> tuple[str, Sequence[str
     # One lexeme with the mark: on its own, the text would take the mark for more of itself.
     closer = _escaped(syntax.closer)
     return name, [f"{name}: /{pattern}{closer}/ & ~/(?s:.)*{closer}(?s:.)+/"]
-
-
-def _without(mark: str) -> str:
-    return f"/(?s:.)*/ & ~/(?s:.)*{mark}(?s:.)*/"
 
 
 def _quoted(text: str) -> str:

@@ -22,11 +22,6 @@ _BEFORE = (rf"```[a-z_]*{BLANK}", rf"\[{BLANK}", r"\{")
 """What may lead in a call, in this order, each optional; it is no text."""
 
 
-def functions_of(tools: Sequence[ToolSpec]) -> list[ToolSpec]:
-    """Return the tools that can be called so."""
-    return [tool for tool in tools if tool.kind == "function"]
-
-
 def head(name: str, key: str) -> str:
     """Return the pattern of a call's beginning, up to the arguments' brace; ``name`` is a pattern, too."""
     return rf'\{{{BLANK}"name":{BLANK}"{name}",{BLANK}"{key}": ?'
@@ -41,7 +36,7 @@ class PlainHeads:
     """
 
     def __init__(self, tools: Sequence[ToolSpec], key: str) -> None:
-        self._tools = {tool.name: tool for tool in functions_of(tools)}
+        self._tools = {tool.name: tool for tool in tools if tool.kind == "function"}
         names = "|".join(re.escape(name) for name in self._tools) or r"(?!)"
         bare = head(f"({names})", key)
         before = "".join(f"(?:{part})?" for part in _BEFORE)
