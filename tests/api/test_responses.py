@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from openai.types.responses import Response
+from pydantic import BaseModel
 
 from evermini.config import Settings
 from evermini.service.runtime import Runtime, ServedModel
@@ -595,6 +596,94 @@ class TestRestart:
             error = finished(client, "resp_worn").error
             assert error
             assert error.code == "server_error"
+
+
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Get the current weather of a city",
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
+    "strict": False,
+}
+DIGITS = {
+    "type": "custom",
+    "name": "count",
+    "description": "Writes digits",
+    "format": {"type": "grammar", "syntax": "regex", "definition": "[0-9]{3}"},
+}
+
+
+class TestTools:
+    def ask(self, client: openai.OpenAI, **params: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "input": "What is the weather in Paris?",
+            "tools": [WEATHER, DIGITS],
+            "max_output_tokens": 200,
+            "parallel_tool_calls": False,
+        }
+        return create(client, **{**defaults, **params})
+
+    def test_a_call_and_its_output(self, client: openai.OpenAI) -> None:
+        choice = {"type": "function", "name": "get_weather"}
+        answer = self.ask(client, tool_choice=choice)
+        assert answer.tool_choice.model_dump() == choice
+        (call,) = answer.output
+        assert (call.type, call.name, call.status) == ("function_call", "get_weather", "completed")
+        assert json.loads(call.arguments).keys() == {"city"}
+        output = {"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}
+        chained = self.ask(
+            client, input=[output], previous_response_id=answer.id, tool_choice="none"
+        )
+        assert chained.output_text
+        question = {"role": "user", "content": "What is the weather in Paris?"}
+        again = self.ask(client, input=[question, *answer.output, output], tool_choice="none")
+        assert again.usage.input_tokens == chained.usage.input_tokens
+        with pytest.raises(openai.BadRequestError, match="No tool output found for function call"):
+            self.ask(client, input="And now?", previous_response_id=answer.id)
+
+    def test_a_streamed_call(self, client: openai.OpenAI) -> None:
+        events = list(self.ask(client, tool_choice="required", stream=True))
+        kinds = [event.type for event in events]
+        deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
+        assert len(deltas) > 1
+        assert kinds == [
+            *("response.created", "response.in_progress", "response.output_item.added"),
+            *["response.function_call_arguments.delta"] * len(deltas),
+            *("response.function_call_arguments.done", "response.output_item.done"),
+            "response.completed",
+        ]
+        (call,) = events[-1].response.output
+        assert "".join(deltas) == call.arguments == events[-3].arguments
+        assert events[2].item.arguments == ""
+        assert events[2].item.call_id == call.call_id
+
+    def test_a_custom_tool(self, client: openai.OpenAI) -> None:
+        events = list(
+            self.ask(client, tool_choice={"type": "custom", "name": "count"}, stream=True)
+        )
+        (call,) = events[-1].response.output
+        assert call.type == "custom_tool_call"
+        assert call.input.isdecimal()
+        assert len(call.input) == 3
+        done = next(e for e in events if e.type == "response.custom_tool_call_input.done")
+        assert done.input == call.input
+
+    def test_the_clients_parser(self, client: openai.OpenAI) -> None:
+        class Answer(BaseModel):
+            is_large: bool
+
+        answer = client.responses.parse(
+            model=MODEL, input="Is Paris a large city?", text_format=Answer, temperature=0
+        )
+        assert isinstance(answer.output_parsed, Answer)
+        assert answer.text
+        assert answer.text.format
+        assert answer.text.format.type == "json_schema"
 
 
 TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}
