@@ -5,7 +5,8 @@ length, and use ids that nobody has created. With the option
 
 - every model name is answered to (`Runtime`),
 - the ids below exist, and again after they were deleted,
-- ``model`` and ``input`` are filled in where a body has none, and ``limit=0`` counts as not given.
+- ``model`` and ``input`` are filled in where a body has none, answers are short unless a length is asked for, and
+  ``limit=0`` counts as not given.
 
 Nothing else is different: what the server does not support is refused as ever.
 """
@@ -38,6 +39,7 @@ ITEMS = ("msg_abc", "after")
 
 _USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
 _DEFAULTS: Mapping[str, Json] = {
+    "/v1/chat/completions": {"max_completion_tokens": 16},
     "/v1/responses": {"model": "model", "input": "string", "max_output_tokens": 16},
     "/v1/responses/input_tokens": {"model": "model", "input": "string"},
 }
@@ -77,6 +79,8 @@ async def _with_defaults(receive: Receive, defaults: Json) -> Receive:
         if not message.get("more_body"):
             break
     given = from_json(body) if body else {}
+    if "max_tokens" in given:  # the older name of what is filled in
+        defaults = {}
     body = to_json({**defaults, **given})
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
