@@ -48,7 +48,8 @@ has created, and values that the real API refuses (`limit=0`, `max_tokens=0`). S
 
 - **strict**: the server as it is;
 - **fixtures**: with `--conformance-fixtures`, which answers to any model name, creates the ids that the tests use, and
-  fills in `model`, `input` and a short `max_completion_tokens` where a test leaves them out. Nothing that the server refuses is let through.
+  fills in `model`, `input` and a short `max_completion_tokens` where a test leaves them out. Nothing that the server
+  refuses is let through.
 """
 
 
