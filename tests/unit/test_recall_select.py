@@ -201,15 +201,17 @@ def _lines(mark: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[-1])
 
 
-def test_excerpts_keep_the_best_within_the_budget(tmp_path):
+@pytest.mark.parametrize("mark_end", [False, True])
+def test_excerpts_keep_the_best_within_the_budget(tmp_path, mark_end):
     text = place(4000, 3000)
     context = [Segment(text)]
     selection = fake_recall(tmp_path).ask(
         context, QUESTION, Policy(max_tokens=2000, falloff=0, min_passages=10)
     )
     assert len(selection.spans) > 3
-    result = excerpts(context, selection.spans, count, 400)
+    result = excerpts(context, selection.spans, count, 400, mark_end=mark_end)
     assert count(result.text) == result.num_tokens <= 400
+    assert result.text.endswith("\n[End of the excerpts]\n\n") is mark_end
     assert NEEDLE in result.text
     assert result.left_out
     assert {*result.included, *result.left_out} == {*selection.spans}

@@ -202,7 +202,7 @@ class BM25:
             if used > BUDGET_TOKENS:
                 break
             spans.append(self._span(start, end, score))
-        return excerpts(self._segments, spans, self._count, _EXCERPT_TOKENS).text
+        return excerpts(self._segments, spans, self._count, _EXCERPT_TOKENS, mark_end=True).text
 
     def _cut_up(self) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []

@@ -25,6 +25,7 @@ _DEFINITION = re.compile(
     r"(?=[ \t]*(?:[(:{<\[;=]|$)|[ \t]+(?:extends|implements|for|struct|interface)\b)",
     re.MULTILINE,
 )
+_END = "\n[End of the excerpts]\n\n"
 _REACH = 160
 """Characters by which an excerpt grows, at either end, to begin and end with a line or sentence."""
 
@@ -77,6 +78,8 @@ def excerpts(
     count_tokens: Callable[[str], int],
     max_tokens: int,
     question: str = "",
+    *,
+    mark_end: bool = False,
 ) -> Excerpts:
     """Write the best spans that fit, in document order.
 
@@ -86,7 +89,10 @@ def excerpts(
         count_tokens: Tokens of a text, for the model that will read it.
         max_tokens: Budget for the result, marks included.
         question: What is asked; the marks give the lines of definitions that it names.
+        mark_end: Say where the excerpts end.
     """
+    closing = _END if mark_end and spans else ""
+    max_tokens -= count_tokens(closing)
     names = frozenset(re.findall(r"\w+", question))
     ranked = sorted(spans, key=lambda span: -span.score)
     included: list[Span] = []
@@ -102,6 +108,9 @@ def excerpts(
         else:
             left_out.append(span)
     included.sort(key=lambda span: (span.segment, span.tokens))
+    if included:
+        text += closing
+        tokens = count_tokens(text)
     return Excerpts(text, tokens, tuple(included), tuple(left_out), omitted)
 
 

@@ -41,15 +41,18 @@ class Policy:
         falloff: A passage is taken only if its score is at least this share of the best one's.
         min_passages: Passages to take in any case.
         follow: Weight of the best passage's words against the question's own; 0 does not follow chains of facts.
+        mark_end: Say where the excerpts end: it helps mini not to take the question for a part of the last one, and
+            confuses nano.
     """
 
     max_tokens: int = 2048
     falloff: float = 0.35
     min_passages: int = 4
     follow: float = 0.5
+    mark_end: bool = True
 
 
-SPARING = Policy(max_tokens=1024, falloff=0.4, min_passages=2)
+SPARING = Policy(max_tokens=1024, falloff=0.4, min_passages=2, mark_end=False)
 """For small readers: what does not belong to the answer leads them astray, and each token costs them as much time."""
 
 

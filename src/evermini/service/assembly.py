@@ -219,11 +219,13 @@ class Assembler:
             texts[piece.message] += next(found) if piece.is_long else piece.text
         return encode(self._template, request, texts)
 
-    def excerpts(self, plan: Plan, spans: Iterable[Span]) -> tuple[list[str], set[Span]]:
+    def excerpts(
+        self, plan: Plan, spans: Iterable[Span], *, mark_end: bool = False
+    ) -> tuple[list[str], set[Span]]:
         """Return what stands in each long piece's place, and the spans that are in it.
 
         Documents that follow each other in a message share one text, written in the place of the first. Texts with the
-        best spans get room first; each keeps enough to say what is missing.
+        best spans get room first; each keeps enough to say what is missing. ``mark_end``: say where each ends.
         """
         groups = plan.groups
         readings = [""] * len(plan.pieces)
@@ -245,6 +247,7 @@ class Assembler:
                 lambda text: len(self._tokenizer.encode(text)),
                 budget - MARK_TOKENS * (len(ranked) - done),
                 plan.question,
+                mark_end=mark_end,
             )
             readings[groups[number][0]] = result.text
             included |= {own[span] for span in result.included}

@@ -177,7 +177,9 @@ class LongReader:
         """Find what the question needs and write the prompt."""
         policy = replace(self.policy, max_tokens=min(self.policy.max_tokens, plan.budget * 2 // 3))
         selection = self.recall().ask(plan.segments, plan.question, policy)
-        readings, included = self.assembler.excerpts(plan, selection.spans)
+        readings, included = self.assembler.excerpts(
+            plan, selection.spans, mark_end=policy.mark_end
+        )
         return Recalled(
             prompt=self.assembler.encode(request, plan.parts, readings),
             full_tokens=plan.full_tokens,
