@@ -259,6 +259,9 @@ def tools(
         int | None,
         typer.Option(min=1, help="Of each category at most, evenly spread; default all."),
     ] = None,
+    choice: Annotated[
+        str, typer.Option(help="tool_choice: auto, as on the leaderboard, or required.")
+    ] = "auto",
     workers: Workers = 4,
 ) -> None:
     """Ask the Berkeley Function-Calling Leaderboard's questions and score the calls by its rules."""
@@ -271,12 +274,13 @@ def tools(
         for task in bfcl.load_tasks(data, category, questions)
     ]
     with open_llm(loaded.settings) as llm:
-        name = f"answers-{loaded.settings.models[0].replace('/', '_')}.jsonl"
+        name = f"{loaded.settings.models[0].replace('/', '_')}-{choice}.jsonl"
         outcomes = bfcl.run(
             llm,
             tasks,
             out / name,
             workers=workers,
+            choice=choice,
             progress=lambda o: print(f"{o.id}: {o.problem or 'right'}", file=sys.stderr),
         )
     print(bfcl.table(outcomes))

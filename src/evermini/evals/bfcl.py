@@ -117,18 +117,24 @@ def load_tasks(folder: Path, category: str, limit: int | None = None) -> list[Ta
     return [_task(row, category, truths.get(row["id"], [])) for row in rows]
 
 
-def ask(llm: LLM, task: Task) -> Outcome:
-    """Put one question to the model, greedily, with ``tool_choice`` auto."""
+def ask(llm: LLM, task: Task, choice: str = "auto") -> Outcome:
+    """Put one question to the model, greedily, with ``choice`` as ``tool_choice``."""
     began = time.perf_counter()
     tools = [{"type": "function", "function": function} for function in task.functions]
-    answer = llm.chat(task.messages, tools=tools, temperature=0, max_completion_tokens=MAX_TOKENS)
-    choice = answer.choices[0]
-    made = [(call.name, call.arguments) for call in choice.tool_calls]
-    is_cut = choice.finish_reason == "length"
+    answer = llm.chat(
+        task.messages,
+        tools=tools,
+        tool_choice=choice,
+        temperature=0,
+        max_completion_tokens=MAX_TOKENS,
+    )
+    said = answer.choices[0]
+    made = [(call.name, call.arguments) for call in said.tool_calls]
+    is_cut = said.finish_reason == "length"
     calls, is_valid = _read(made[:-1] if is_cut else made, task.functions)
-    problem = "cut by the token limit" if is_cut else judge(calls, task)
+    problem = "cut by the token limit" if is_cut and made else judge(calls, task)
     return Outcome(
-        task.id, task.category, not problem, problem, is_valid, is_cut, made, choice.text,
+        task.id, task.category, not problem, problem, is_valid, is_cut, made, said.text,
         round(time.perf_counter() - began, 3),
     )  # fmt: skip
 
@@ -139,6 +145,7 @@ def run(
     out: Path,
     *,
     workers: int,
+    choice: str,
     progress: Callable[[Outcome], None],
 ) -> list[Outcome]:
     """Ask all of them, each answer kept in ``out`` at once; those that are there already are not asked again."""
@@ -148,7 +155,7 @@ def run(
         done = {row["id"]: Outcome(**row) for row in _lines(out)}
     left = [task for task in tasks if task.id not in done]
     with ThreadPoolExecutor(workers) as pool, out.open("a", encoding="utf-8") as file:
-        for outcome in pool.map(lambda task: ask(llm, task), left):
+        for outcome in pool.map(lambda task: ask(llm, task, choice), left):
             done[outcome.id] = outcome
             file.write(json.dumps(asdict(outcome), ensure_ascii=False) + "\n")
             file.flush()
