@@ -360,9 +360,10 @@ class Recall:
         queries = self.queries(ids.tolist())
         queried = time.monotonic()
         text = Segment(question).text
+        hashes = [word_hash(word) for _, _, word in words(text)]
+        scan.words.look_up(hashes)
         weights = token_weights(text, char_starts[1:].tolist(), scan.words.rarity)
         blocks = scan.vote(queries, self._null, weights)
-        hashes = [word_hash(word) for _, _, word in words(text)]
         ranking = scan.rank(blocks, hashes, policy.follow, [segment.text for segment in segments])
         return _Asked(scan, ranking, began, queried)
 

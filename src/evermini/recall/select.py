@@ -151,6 +151,7 @@ class ContextScan:
             for _, _, word in words(texts[segment][int(chars[start]) : int(chars[end])])
             if len(word) > 2
         }
+        self.words.look_up(found)
         new = sorted(word for word in found - asked if self.words.is_shared(word))
         new.sort(key=lambda word: -self.words.rarity(word))
         others = torch.from_numpy(self.words.score(new[:_FOLLOWED_WORDS]))

@@ -84,13 +84,15 @@ class WordIndex:
     counts: npt.NDArray[np.uint8]
     lengths: npt.NDArray[np.uint32]
 
-    def postings(self, word: int) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
-        """Return the passages that a word (its hash) stands in, and how often."""
-        at = int(np.searchsorted(self.hashes, np.uint32(word)))
-        if at == len(self.hashes) or self.hashes[at] != word:
-            return self.passages[:0], self.counts[:0]
-        where = slice(int(self.firsts[at]), int(self.firsts[at + 1]))
-        return self.passages[where], self.counts[where]
+    def find(self, asked: npt.NDArray[np.uint32]) -> list[tuple[int, slice]]:
+        """Return which of some words (hashes, ascending) occur, by place in ``asked``, and their postings."""
+        if not len(self.hashes):
+            return []
+        at = np.minimum(np.searchsorted(self.hashes, asked), len(self.hashes) - 1)
+        return [
+            (number, slice(int(self.firsts[at[number]]), int(self.firsts[at[number] + 1])))
+            for number in np.flatnonzero(self.hashes[at] == asked).tolist()
+        ]
 
     def to_bytes(self) -> bytes:
         """Return the bytes that `from_bytes` reads."""
@@ -157,24 +159,25 @@ class PassageWords:
         self._saturation = (K1 * (1 - B + B * length / max(mean, 1.0))).astype(np.float32)
         self._found: dict[int, tuple[Ids, Floats]] = {}
 
+    def look_up(self, asked: Iterable[int]) -> None:
+        """Find words in all segments at once; asking for them one by one takes longer where segments are many."""
+        new = np.array(sorted({word for word in asked if word not in self._found}), np.uint32)
+        where: list[list[Ids]] = [[] for _ in new]
+        counts: list[list[npt.NDArray[np.uint8]]] = [[] for _ in new]
+        for first, index in zip(self._firsts, self._indexes, strict=False):
+            for number, postings in index.find(new):
+                where[number].append(index.passages[postings] + np.uint32(first))
+                counts[number].append(index.counts[postings])
+        for number, word in enumerate(new.tolist()):
+            at = np.concatenate([np.zeros(0, np.uint32), *where[number]])
+            n = np.concatenate([np.zeros(0, np.uint8), *counts[number]]).astype(np.float32)
+            self._found[word] = at, n * (K1 + 1) / (n + self._saturation[at])
+
     def _postings(self, word: int) -> tuple[Ids, Floats]:
         """Return a word's passages, counted over all segments, and what each gives for it."""
-        if (known := self._found.get(word)) is not None:
-            return known
-        where, counts = [], []
-        for first, index in zip(self._firsts, self._indexes, strict=False):
-            passages, count = index.postings(word)
-            if len(passages):
-                where.append(passages + np.uint32(first))
-                counts.append(count)
-        if where:
-            at = np.concatenate(where)
-            n = np.concatenate(counts).astype(np.float32)
-            found = at, n * (K1 + 1) / (n + self._saturation[at])
-        else:
-            found = np.zeros(0, np.uint32), np.zeros(0, np.float32)
-        self._found[word] = found
-        return found
+        if word not in self._found:
+            self.look_up([word])
+        return self._found[word]
 
     def rarity(self, word: int) -> float:
         """Return a word's inverse document frequency, over passages."""
