@@ -73,6 +73,9 @@ class TinyModel:
         return kv
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        return self.forward_hidden(batch, kv)[0]
+
+    def forward_hidden(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
         c = self.config
         starts = batch.query_start.tolist()
         self.batches.append([end - start for start, end in itertools.pairwise(starts)])
@@ -97,7 +100,7 @@ class TinyModel:
                 out[rows] = torch.einsum("htc,cd->thd", scores.softmax(-1), v)
             # The sine makes a chaos of it: every earlier token, however little attended to, has its say.
             hidden = hidden + 3 * torch.sin(300 * out.reshape(len(x), -1) @ weights["o"])
-        return (hidden[batch.logits_rows] @ self._head).float()
+        return (hidden[batch.logits_rows] @ self._head).float(), hidden.float()
 
     def _place(self, positions: Tensor) -> Tensor:
         half = self.config.hidden_size // 2

@@ -31,6 +31,7 @@ from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
+from evermini.service.embeddings import Embeddings, embed, parse_embeddings
 from evermini.service.formats import format_of
 from evermini.service.runtime import ModelInfo, load_tier
 from evermini.service.schemas import parse_chat, parse_completion
@@ -331,6 +332,26 @@ class LLM:
             return AnswerStream(self, run, started)
         choices = self._call(run.collect)
         return Answer(self.info.id, choices, run.usage, time.perf_counter() - started)
+
+    def embed(
+        self, texts: str | Sequence[str] | Sequence[Sequence[int]], *, dimensions: int | None = None
+    ) -> Embeddings:
+        """Return a vector of unit length for each text: the mean of its hidden states after the last layer.
+
+        The models were trained to write, not to search; see docs/api.md.
+
+        Args:
+            texts: One or several, as text or token ids; up to 8,192 tokens each.
+            dimensions: Keep this many numbers of each vector.
+
+        Raises:
+            ContextLengthError: A text is too long.
+            InvalidRequestError: One is empty, or there are too many.
+        """
+        given = [texts] if isinstance(texts, str) else list(texts)
+        inputs = [text if isinstance(text, str) else list(text) for text in given]
+        body = {"model": self.info.id, "input": inputs, "dimensions": dimensions}
+        return self._call(embed, self._served, parse_embeddings(body))
 
     def close(self) -> None:
         """End what still runs and free the model; does nothing the second time."""

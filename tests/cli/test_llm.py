@@ -171,3 +171,13 @@ def test_answers_of_a_dict(llm):
 def test_another_class_is_no_form(llm):
     with pytest.raises(InvalidRequestError, match="no pydantic model"):
         llm.chat(CAPITAL, response_format=dict)
+
+
+def test_embeddings(llm):
+    found = llm.embed(["one text", "another"], dimensions=64)
+    assert found.vectors.shape == (2, 64)
+    assert found.prompt_tokens >= 4
+    alone = llm.embed("another", dimensions=64).vectors[0]
+    assert alone @ found.vectors[1] == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(InvalidRequestError, match=r"input\[1\]"):
+        llm.embed(["x", ""])

@@ -287,6 +287,38 @@ def tools(
     print(f"\nanswers: {out / name}")
 
 
+@evaluations.command()
+@with_settings(*MODEL_SETTINGS)
+def ifeval(
+    loaded: LoadedSettings,
+    data: Data = Path("data"),
+    out: Out = Path("eval-ifeval"),
+    prompts: Annotated[int, typer.Option(min=1, help="The first so many of the 541.")] = 541,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 1280,
+    workers: Workers = 32,
+) -> None:
+    """Run IFEval: are instructions followed that a program can check, such as "no commas"?"""
+    from evermini.cli.talk import open_llm
+    from evermini.evals.ifeval import read_tasks, run_tasks, write_ifeval_report
+    from evermini.evals.run import Results
+
+    tasks = read_tasks(data)[:prompts]
+    settings = loaded.settings
+    with open_llm(settings) as llm:
+        config = {
+            "task": "ifeval", "prompts": len(tasks), "max_tokens": max_tokens, "model": settings.models[0],
+            "weights": llm.weights, "precision": settings.precision,
+        }  # fmt: skip
+        results = Results(out, config)
+        run_tasks(
+            llm, tasks, results, max_tokens=max_tokens, workers=workers,
+            progress=lambda done, total: print(f"{done}/{total}", file=sys.stderr),
+        )  # fmt: skip
+    path = write_ifeval_report(results)
+    print(path.read_text().partition("\n## ")[0].strip())
+    print(f"\nreport: {path}")
+
+
 def parse_lengths(text: str) -> list[int]:
     """Return token counts: ``8k`` is 8,192, ``1M`` the longest prompt there is.
 

@@ -113,6 +113,7 @@ class Engine:
             speculation=speculation,
         )
         self._kv = model.new_kv_cache(num_blocks)
+        self.hidden_size = model.config.hidden_size
         self.max_unfinished = max_num_seqs + max_waiting
         self.max_model_len = min(model.config.max_position, num_blocks * BLOCK_SIZE)
         self._masks = MaskFiller(model.config.vocab_size)
@@ -244,11 +245,12 @@ class Engine:
             started = time.perf_counter()
             masks = self._masks.begin([c.sequence for c in chunks if _draws(c)])
             try:
-                logits = self._forward(chunks)
+                logits, hidden = self._forward(chunks)
             except Exception as error:
                 masks.discard()
                 self._fail(chunks, error)
             else:
+                self._pool(chunks, hidden)
                 self._advance(chunks, logits, masks)
             self._steps += 1
             self._step_seconds += time.perf_counter() - started
@@ -298,8 +300,11 @@ class Engine:
                 f"{sequence.request_id} kept blocks of a draft"
             )
 
-    def _forward(self, chunks: list[Chunk]) -> Tensor:
-        """Return the logits (R, vocab_size) of all `_wanted_rows`, chunk after chunk."""
+    def _forward(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
+        """Return the logits (R, vocab_size) of all `_wanted_rows`, chunk after chunk.
+
+        Also the hidden states of all rows, if one of the chunks wants them.
+        """
         query_start = np.zeros(len(chunks) + 1, np.int32)
         np.cumsum([chunk.context - chunk.start for chunk in chunks], out=query_start[1:])
         tables = [self._blocks.table(chunk.sequence.request_id) for chunk in chunks]
@@ -325,7 +330,25 @@ class Engine:
             logits_rows=torch.tensor(rows, dtype=torch.int64),
         )
         with torch.inference_mode():
-            return self._model.forward(batch, self._kv)
+            if any(chunk.sequence.is_pooling for chunk in chunks):
+                return self._model.forward_hidden(batch, self._kv)
+            return self._model.forward(batch, self._kv), None
+
+    def _pool(self, chunks: list[Chunk], hidden: Tensor | None) -> None:
+        """Add up the hidden states of the prompts that want it; each token counts once, preempted or not."""
+        row = 0
+        for chunk in chunks:
+            sequence, first = chunk.sequence, row
+            row += chunk.context - chunk.start
+            if hidden is None or not sequence.is_pooling:
+                continue
+            begin = max(chunk.start, sequence.num_pooled)
+            if begin >= chunk.end:
+                continue
+            rows = hidden[first + begin - chunk.start : first + chunk.end - chunk.start]
+            total = rows.double().sum(0)
+            sequence.pooled = total if sequence.pooled is None else sequence.pooled + total
+            sequence.num_pooled = chunk.end
 
     def _advance(self, chunks: list[Chunk], logits: Tensor, masks: PendingMasks) -> None:
         """Book what the step computed: publish blocks, score prompts, draw tokens, end requests."""
@@ -370,7 +393,12 @@ class Engine:
         assert sequence.cached_tokens is not None
         is_scored = sequence.params.prompt_logprobs is not None
         scored = tuple(sequence.prompt_logprobs) if is_scored else None
-        self._events.append((sequence.request_id, PromptDone(sequence.cached_tokens, scored)))
+        pooled = None
+        if sequence.pooled is not None:
+            pooled = tuple((sequence.pooled / sequence.num_prompt).tolist())
+        self._events.append(
+            (sequence.request_id, PromptDone(sequence.cached_tokens, scored, pooled))
+        )
         sequence.prompt_done = True
         self._prompt_tokens += sequence.num_prompt
         self._cached_tokens += sequence.cached_tokens
@@ -437,7 +465,8 @@ def _wanted_rows(chunk: Chunk) -> range:
     is_last = end == len(sequence.token_ids)
     if sequence.is_scoring:
         return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), end)
-    return range(end - 1, chunk.context) if is_last else range(0)
+    is_drawn = is_last and sequence.params.max_tokens > 0
+    return range(end - 1, chunk.context) if is_drawn else range(0)
 
 
 def _draws(chunk: Chunk) -> bool:

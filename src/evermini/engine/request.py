@@ -29,6 +29,7 @@ class SamplingParams:
         prompt_logprobs: As ``top_logprobs``, for each prompt token (echo).
         constraint: Only tokens that it allows are drawn, whatever the bias; the output ends (``"stop"``) as soon as
             nothing may follow.
+        pool: Return the mean of the prompt's hidden states in `PromptDone`.
         prediction: The output that is expected; right tokens in it save time and change nothing.
     """
 
@@ -44,6 +45,7 @@ class SamplingParams:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    pool: bool = False
     prediction: tuple[int, ...] = ()
 
 
@@ -73,11 +75,13 @@ class PromptDone:
     """The prompt is computed; sent once, before the first token.
 
     ``cached_tokens`` of the prompt were found in KV memory. ``prompt_logprobs`` (if asked for) has one entry per
-    prompt token; the first is ``None``.
+    prompt token; the first is ``None``. ``pooled`` (if asked for) is the mean over the prompt's tokens of what the
+    model's head sees, one number per dimension.
     """
 
     cached_tokens: int
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    pooled: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from evermini.engine.constraint import ConstraintState
 from evermini.engine.kv import BlockKey, PrefixChain
 from evermini.engine.request import SamplingParams, TokenLogprob
@@ -34,6 +36,8 @@ class Sequence:
         num_computed: Tokens whose keys and values are in KV memory.
         cached_tokens: Prompt tokens found in KV memory at the first admission; ``None`` before.
         prompt_logprobs: One entry per scored prompt token, if asked for.
+        num_pooled: Prompt tokens whose hidden states are in ``pooled``.
+        pooled: Their sum, if asked for.
         prompt_done: `PromptDone` has been sent.
         preempted: Waits for the second time.
         num_overtaken: Younger requests admitted while this one waited for memory.
@@ -54,6 +58,8 @@ class Sequence:
     num_computed: int = 0
     cached_tokens: int | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    num_pooled: int = 0
+    pooled: Tensor | None = None
     prompt_done: bool = False
     preempted: bool = False
     num_overtaken: int = 0
@@ -81,14 +87,21 @@ class Sequence:
         return self.params.prompt_logprobs is not None and self.num_unscored > 0
 
     @property
+    def is_pooling(self) -> bool:
+        """Hidden states of prompt tokens are still to be added up."""
+        return self.params.pool and self.num_pooled < self.num_prompt
+
+    @property
     def num_unscored(self) -> int:
         """Prompt tokens without a log-probability."""
         return self.num_prompt - len(self.prompt_logprobs)
 
     @property
     def shareable(self) -> list[BlockKey]:
-        """Keys of the leading blocks whose logits nobody needs: all but the last token's, or the scored ones."""
+        """Keys of the leading blocks whose results nobody needs: all but the last token's, or the scored or pooled."""
         limit = len(self.token_ids) - 1
+        if self.is_pooling:
+            limit = min(limit, self.num_pooled)
         if self.is_scoring:
-            limit = len(self.prompt_logprobs) - 1
+            limit = min(limit, len(self.prompt_logprobs) - 1)
         return self.chain.keys[: limit // BLOCK_SIZE]

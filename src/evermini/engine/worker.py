@@ -149,6 +149,11 @@ class EngineWorker:
         return self._engine.max_model_len
 
     @property
+    def hidden_size(self) -> int:
+        """Numbers in a pooled prompt."""
+        return self._engine.hidden_size
+
+    @property
     def is_alive(self) -> bool:
         """Requests are accepted."""
         return self._closed is None
@@ -184,6 +189,10 @@ class EngineWorker:
 
     def __exit__(self, *exc: object) -> None:
         self.stop(timeout=0.0)
+
+    def validate(self, prompt_ids: abc.Sequence[int], params: SamplingParams) -> None:
+        """Refuse what `submit` would refuse for its content."""
+        self._engine.validate(prompt_ids, params)
 
     def submit(
         self,

@@ -5,6 +5,7 @@
     needles    passages of several kinds, at stated depths; look-alikes
     ruler      the thirteen tasks of RULER, generated here
     hotpot     HotpotQA in one prompt
+    ifeval     IFEval: instructions that a program can check (instructions)
     systems    ways to answer a case: recall, and what it is compared with
     run        asks, scores, keeps every result at once: an interrupted run goes on where it stopped
     report     tables, heat maps, one JSON file with everything

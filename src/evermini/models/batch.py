@@ -132,6 +132,10 @@ class Model(Protocol):
         """Write the batch's keys and values into ``kv`` and return logits (R, vocab_size) float32 on the CPU."""
         ...
 
+    def forward_hidden(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """Return `forward`'s logits, and what the head sees of every row: (T, hidden_size) float32 on the CPU."""
+        ...
+
 
 QueriesKeys = tuple[Tensor, Tensor]
 """Queries (T, num_heads, head_dim) and keys (T, num_kv_heads, head_dim) of one layer, before RoPE; float32, CPU."""

@@ -17,6 +17,7 @@ from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.models.quantize import quantize_activations, quantize_weight
+from evermini.models.rms_norm import rms_norm
 from evermini.models.rope import apply_rope, rope_tables
 
 LinearOp = Callable[[Tensor], Tensor]
@@ -60,12 +61,6 @@ class DecoderLayer:
     post_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square layer norm (Zhang and Sennrich 2019, arXiv 1910.07467), in float32."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -177,11 +172,25 @@ class Decoder:
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return logits (R, vocab_size) float32 on the CPU."""
         batch = batch.to(self.device)
+        hidden = self._last_layer(batch, kv)[batch.logits_rows]
+        return self._logits(rms_norm(hidden, self.norm, self.config.rms_norm_eps))
+
+    @torch.inference_mode()
+    def forward_hidden(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """Return `forward`'s logits and every row's (T, hidden_size) after the final norm, float32 on the CPU."""
+        batch = batch.to(self.device)
+        normed = rms_norm(self._last_layer(batch, kv), self.norm, self.config.rms_norm_eps)
+        return self._logits(normed[batch.logits_rows]), normed.float().cpu()
+
+    def _last_layer(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Write the batch's keys and values into ``kv``; return (T, hidden_size) after the last layer."""
         hidden = F.embedding(batch.token_ids, self.embedding)
         for index in range(self.config.num_layers):
             hidden = self.run_layer(index, hidden, batch, kv)
-        hidden = rms_norm(hidden[batch.logits_rows], self.norm, self.config.rms_norm_eps)
-        return self.head(hidden).float().cpu()
+        return hidden
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        return self.head(normed).float().cpu()
 
     def run_layer(self, index: int, hidden: Tensor, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Return ``hidden`` (T, hidden_size) after layer ``index``; its keys and values go to ``kv``."""

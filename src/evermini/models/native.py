@@ -21,6 +21,7 @@ from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.models.packed import open_packed
 from evermini.models.quantize import GROUP
+from evermini.models.rms_norm import rms_norm
 from evermini.models.rope import rope_tables
 
 
@@ -129,11 +130,22 @@ class NativeDecoder:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return logits (R, vocab_size) float32."""
+        return self._logits(self._last_layer(batch, kv)[batch.logits_rows])
+
+    @torch.inference_mode()
+    def forward_hidden(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """Return `forward`'s logits and every row's (T, hidden_size) after the final norm."""
+        hidden = self._last_layer(batch, kv)
+        normed = rms_norm(hidden, self._weights["norm"], self.config.rms_norm_eps)
+        return self._logits(hidden[batch.logits_rows]), normed
+
+    def _last_layer(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Write the batch's keys and values into ``kv``; return (T, hidden_size) after the last layer."""
         hidden = self._weights["embedding"][batch.token_ids].float()
         pointers = self._batch_struct(batch)
         workspace = self._workspace_for(hidden.shape[0])
         self._run_layers(0, self.config.num_layers, hidden, pointers, kv, workspace)
-        return self._logits(hidden[batch.logits_rows])
+        return hidden
 
     def _run_layers(
         self,

@@ -41,7 +41,7 @@ def _as_stops(value: object) -> object:
     raise wrong_type("a string or an array of strings")
 
 
-def _as_prompts(value: object) -> object:
+def as_prompts(value: object) -> object:
     """Return a list of prompts, each a string or a list of token ids; null stays null."""
     if value is None:
         return None
@@ -318,7 +318,7 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Annotated[
         Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_CANDIDATES)] | None,
-        BeforeValidator(_as_prompts),
+        BeforeValidator(as_prompts),
     ] = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None

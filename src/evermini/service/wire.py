@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evermini.engine.request import TokenLogprob
 from evermini.service.chat import ChatChoice, ChatDelta, ChatRun, ToolCall, ToolCallDelta
 from evermini.service.completions import CompletionRun, TextChoice, TextDelta, TextToken
 from evermini.service.decode import ScoredToken
+from evermini.service.embeddings import Embeddings
 from evermini.service.generation import Usage
 from evermini.service.runtime import ModelInfo
 from evermini.service.schemas import ChatRequest
@@ -35,6 +37,22 @@ def usage(used: Usage) -> Json:
             "accepted_prediction_tokens": used.accepted_prediction_tokens,
             "rejected_prediction_tokens": used.rejected_prediction_tokens,
         },
+    }
+
+
+def embeddings(found: Embeddings, *, as_base64: bool) -> Json:
+    """Return the embeddings, as arrays of numbers or as base64 of little-endian float32."""
+    rows: Iterable[Any] = found.vectors.tolist()
+    if as_base64:
+        rows = (base64.b64encode(row.astype("<f4").tobytes()).decode() for row in found.vectors)
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": row}
+            for index, row in enumerate(rows)
+        ],
+        "model": found.model,
+        "usage": {"prompt_tokens": found.prompt_tokens, "total_tokens": found.prompt_tokens},
     }
 
 

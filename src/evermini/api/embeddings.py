@@ -1,0 +1,25 @@
+"""``POST /v1/embeddings``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from evermini.api import sse
+from evermini.api.body import read_request
+from evermini.api.errors import JsonResponse
+from evermini.service import wire
+from evermini.service.embeddings import embed, parse_embeddings
+from evermini.service.runtime import Runtime
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings")
+async def create_embeddings(request: Request) -> Response:
+    """Return a vector for each input."""
+    runtime: Runtime = request.app.state.runtime
+    wanted = await read_request(request, parse_embeddings)
+    found = await sse.unless_disconnected(request, embed(runtime.resolve(wanted.model), wanted))
+    return JsonResponse(wire.embeddings(found, as_base64=wanted.encoding_format == "base64"))
