@@ -62,6 +62,10 @@ class Forced:
         """All: a real model's grammar would not know better, and wrong guesses must cost what they cost."""
         return len(token_ids)
 
+    def forced(self) -> Sequence[int]:
+        """None, or the grammar itself would draft."""
+        return ()
+
     @property
     def is_done(self) -> bool:
         """All is written."""
