@@ -184,6 +184,13 @@ class Settings:
         group="Recall",
         metavar="auto|own|MODEL",
     )
+    sweep_limit: Annotated[int, Ge(0)] = _setting(
+        65_536,
+        "Longest prompt, in tokens, that is read as a whole without being asked to when a question is about all of it; "
+        "beyond it, excerpts are read. Minutes of work on a CPU.",
+        group="Recall",
+        metavar="N",
+    )
     recall_disk: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
         16 * 1024**3,
         "Disk space for the index of long contexts; the least recently used go first.",

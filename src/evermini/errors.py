@@ -14,6 +14,7 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── NotFoundError               404
     │   │   └── ModelNotFoundError      404 code model_not_found
     │   ├── RequestTooLargeError        413
+    │   ├── RecallDiskError             413 code recall_disk_exceeded: a long context's index exceeds its disk cap
     │   ├── RangeError                  416
     │   ├── UnsupportedMediaTypeError   415
     │   └── OverloadedError             429 code rate_limit_exceeded
@@ -29,7 +30,6 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── ChecksumMismatchError
     │   └── DiskSpaceError
     ├── UpstreamError                   502: another server that was asked does not answer, or refuses
-    ├── RecallDiskError                 the index of a long context does not fit under its disk cap
     ├── StorageError                    503: the database or the storage of files cannot be used
     │   └── InsufficientStorageError    507: the disk is full
     └── ConfigError                     a setting that cannot be honoured
@@ -157,6 +157,13 @@ class RangeError(RequestError):
     status = 416
 
 
+class RecallDiskError(RequestError):
+    """The index of a long context does not fit under the cap on its disk space; sending it again will not help."""
+
+    status = 413
+    default_code = "recall_disk_exceeded"
+
+
 class UnsupportedMediaTypeError(RequestError):
     """The request body is not JSON by its own account."""
 
@@ -221,10 +228,6 @@ class UpstreamError(EverminiError):
     """Another server that was asked does not answer, or refuses."""
 
     status = 502
-
-
-class RecallDiskError(EverminiError):
-    """The index of a long context does not fit under the cap on its disk space."""
 
 
 class StorageError(EverminiError):

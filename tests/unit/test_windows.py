@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from evermini.service.questions import wanted
+from evermini.service.questions import follows_up, wanted
 from evermini.service.windows import Part, records, windows
 
 
@@ -99,3 +99,23 @@ def test_what_is_no_list_has_no_records(text, noun, must_label):
 def test_what_a_question_wants(question, is_count, is_list, nouns):
     found = wanted(question)
     assert (found.is_count, found.is_list, found.nouns) == (is_count, is_list, nouns)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["And who wrote it?", "When did he die?", "Why?", "What about the others?", "Which ones?"],
+)
+def test_what_points_back_follows_up(question):
+    assert follows_up(question)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Who wrote the letter to the duke of Lisbon?",
+        "What is the title of this book?",
+        "In which year was the clock tower finished?",
+    ],
+)
+def test_what_names_what_it_means_stands_alone(question):
+    assert not follows_up(question)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -12,6 +14,7 @@ from starlette.responses import Response
 from evermini.api import sse
 from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
+from evermini.api.progress import ReadingWatch, end
 from evermini.service import chat, wire
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import parse_chat
@@ -26,15 +29,24 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
     runtime: Runtime = request.app.state.runtime
     wanted = await read_request(request, parse_chat)
-    starting = chat.start(
-        runtime.resolve(wanted.model),
-        wanted,
-        metrics=runtime.metrics,
-        arrived=request.state.arrived,
+    served, watch, ticket = runtime.resolve(wanted.model), ReadingWatch(), chat.Ticket()
+    starting = asyncio.create_task(
+        chat.start(
+            served,
+            wanted,
+            metrics=runtime.metrics,
+            arrived=request.state.arrived,
+            progress=watch.report,
+            ticket=ticket,
+        )
     )
-    # A long text is read before there is a run to abort.
-    run = await sse.unless_disconnected(request, starting)
     database: Database = request.app.state.database
+    if wanted.stream and not await watch.started(request, starting):
+        chunk = partial(wire.chat_progress_chunk, ticket, served.info)
+        progress = watch.events(starting, chunk if wanted.wants_progress else None)
+        return sse.EventStream(_read_first(starting, progress, database), partial(end, starting))
+    # A long text is read before there is a run to abort.
+    run = await sse.unless_disconnected(request, _result(starting))
     return await stream_or_collect(
         request,
         run,
@@ -42,6 +54,30 @@ async def create_chat_completion(request: Request) -> Response:
         events=_events(run, database),
         whole=_whole(run, database),
     )
+
+
+async def _result(starting: asyncio.Task[chat.ChatRun]) -> chat.ChatRun:
+    """Return the run; it is ended if nobody waits for it any more."""
+    try:
+        return await starting
+    except asyncio.CancelledError:
+        end(starting)
+        raise
+
+
+async def _read_first(
+    starting: asyncio.Task[chat.ChatRun],
+    progress: AsyncGenerator[bytes, None],
+    database: Database,
+) -> AsyncGenerator[bytes, None]:
+    """Yield how the reading of a long text goes, then the answer."""
+    async with aclosing(progress):
+        async for event in progress:
+            yield event
+    run = await starting
+    async with aclosing(_events(run, database)) as events:
+        async for event in events:
+            yield event
 
 
 async def _whole(run: chat.ChatRun, database: Database) -> wire.Json:

@@ -58,6 +58,8 @@ def why_lines(answer: AnswerStream[Any]) -> list[str]:
         f"Read {len(recalled.prompt):,} of {recalled.full_tokens:,} tokens, looking for: "
         f"{' '.join(recalled.question.split())[:100]}"
     ]
+    if recalled.note is not None:
+        lines.append(recalled.note)
     for passage in sorted(recalled.passages, key=lambda passage: -passage.score):
         first, last = passage.lines
         source = passage.source or f"message {passage.message + 1}"

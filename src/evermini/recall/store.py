@@ -298,7 +298,7 @@ class SegmentStore:
         if excess > 0:
             raise RecallDiskError(
                 f"The index of this context needs {excess:,} bytes more than the recall cap of {self.max_bytes:,} "
-                "bytes allows. Raise the cap, or send less text."
+                "bytes allows. Send less text, or ask the server's operator to raise recall_disk."
             )
         return evicted
 

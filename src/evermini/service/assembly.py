@@ -19,6 +19,7 @@ from evermini.errors import ContextLengthError
 from evermini.recall.prompt import Span, excerpts
 from evermini.recall.segment import Segment, cut
 from evermini.service.parts import QUESTION_CHARS, TIERS, Parts, Piece, split
+from evermini.service.questions import follows_up
 from evermini.service.rendering import encode
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
@@ -69,6 +70,7 @@ class Plan:
     Attributes:
         parts: Its pieces.
         question: What is asked of the long ones.
+        query: What to look for in them: the question, and what it follows up.
         pieces: The segments of each long piece.
         full_tokens: Tokens that were sent.
         budget: Tokens that may stand in the long pieces' places, all together.
@@ -76,6 +78,7 @@ class Plan:
 
     parts: Parts
     question: str
+    query: str
     pieces: list[list[Segment]]
     full_tokens: int
     budget: int
@@ -194,7 +197,10 @@ class Assembler:
                 param="messages",
             )
         question = parts.question or request.messages[-1].text()[-QUESTION_CHARS:]
-        return Plan(parts, question, pieces, full, budget)
+        query = question
+        if parts.earlier and follows_up(question):
+            query = f"{parts.earlier}\n{question}"
+        return Plan(parts, question, query, pieces, full, budget)
 
     def count(self, segment: Segment) -> int:
         """Return a segment's tokens, from memory where it is known."""

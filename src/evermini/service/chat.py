@@ -119,6 +119,19 @@ class _CallIds:
         return ToolCallDelta(piece.index, piece.tool.kind, call_id, piece.tool.name)
 
 
+@dataclass(frozen=True)
+class Ticket:
+    """What a completion is known by, before it has begun.
+
+    Attributes:
+        id: ``chatcmpl-...``.
+        created: Unix time.
+    """
+
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
 class ChatRun:
     """A chat completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished.
 
@@ -134,9 +147,10 @@ class ChatRun:
         request: ChatRequest,
         generation: Generation,
         read: Recalled | Swept | None,
+        ticket: Ticket,
     ) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
+        self.id = ticket.id
+        self.created = ticket.created
         self.served = served
         self.request = request
         self.recalled = read if isinstance(read, Recalled) else None
@@ -210,6 +224,7 @@ async def start(
     metrics: Metrics | None = None,
     arrived: float | None = None,
     progress: OnProgress | None = None,
+    ticket: Ticket | None = None,
 ) -> ChatRun:
     """Tokenise, read what does not fit the window, and hand the request to the engine.
 
@@ -219,6 +234,7 @@ async def start(
         metrics: Where to report latencies.
         arrived: ``time.perf_counter()`` when the request came in; default now.
         progress: Told, from any thread, how reading a long text goes.
+        ticket: What it will be known by; default a new one.
 
     Raises:
         ContextLengthError: The prompt (plus the requested output) does not fit, and recall is off or cannot help.
@@ -267,7 +283,7 @@ async def start(
         new_parser=new_parser(request, served.template.tool_format),
     )
     generation.start()
-    return ChatRun(served, request, generation, read)
+    return ChatRun(served, request, generation, read, ticket or Ticket())
 
 
 async def _tokens(served: ServedModel, prediction: Prediction) -> tuple[int, ...]:

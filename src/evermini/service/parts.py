@@ -23,6 +23,10 @@ HEAD_CHARS = 600
 """A first paragraph or line up to this long stays whole."""
 QUESTION_CHARS = 2000
 """A last paragraph or line up to this long is the question."""
+EARLIER_CHARS = 300
+"""What of an earlier question helps to look up the one that follows it."""
+ANSWER_CHARS = 200
+"""What of its answer does."""
 _SHORT_QUESTION = 24
 """A last paragraph shorter than this and without a question mark ("Answer:") takes the one before it along."""
 _OPENING = re.compile(r'^<document name="([^"\n]*)"( end="[^"\n]+")?>\n', re.MULTILINE)
@@ -69,11 +73,13 @@ class Parts:
 
     Attributes:
         pieces: In order; those of one message together are its text.
-        question: What to look for.
+        question: What the last user message asks.
+        earlier: What the one before it asked, and the answer, if they are short.
     """
 
     pieces: tuple[Piece, ...]
     question: str
+    earlier: str = ""
 
     @property
     def long(self) -> list[Piece]:
@@ -94,7 +100,21 @@ def split(messages: Sequence[Message], tier: Tier) -> Parts:
         for part, text in enumerate(texts):
             is_last = number == asking and part == len(texts) - 1
             pieces += _split_part(text, number, part, is_last, tier.min_chars if may_cut else None)
-    return Parts(tuple(pieces), _question([p for p in pieces if p.message == asking]))
+    question = _question([p for p in pieces if p.message == asking])
+    return Parts(tuple(pieces), question, _earlier(messages, pieces, asking))
+
+
+def _earlier(messages: Sequence[Message], pieces: Sequence[Piece], asking: int) -> str:
+    """Return the question before the last one and the beginning of its answer."""
+    before = max((i for i in range(asking) if messages[i].role == "user"), default=None)
+    if before is None:
+        return ""
+    asked = _question([p for p in pieces if p.message == before])
+    answers = [
+        messages[i].text() for i in range(before + 1, asking) if messages[i].role == "assistant"
+    ]
+    answer = " ".join(answers[-1].split())[:ANSWER_CHARS] if answers else ""
+    return f"{asked[-EARLIER_CHARS:]}\n{answer}".strip()
 
 
 def _question(pieces: Sequence[Piece]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from evermini.errors import UnsupportedParameterError
+from evermini.recall.scope import needs_whole
 from evermini.service.assembly import least_room
 from evermini.service.offload import tokenise
 from evermini.service.reading import OnProgress, Recalled
@@ -39,12 +41,21 @@ async def make_prompt(
     plan = await reader.plan(request, window=window)
     if plan is None:
         return await whole_prompt(served, request) if prompt is None else prompt, None
-    read: Recalled | Swept
-    if request.reading == "sweep":
-        read = await Sweep(served, request, plan, progress).run()
-    else:
-        read = await reader.read(request, plan, progress)
-    return read.prompt, read
+    about_all = request.reading == "auto" and needs_whole(plan.question)
+    if request.reading == "sweep" or (about_all and plan.full_tokens <= reader.sweep_limit):
+        swept = await Sweep(served, request, plan, progress).run()
+        return swept.prompt, swept
+    recalled = await reader.read(request, plan, progress)
+    if about_all:
+        recalled = replace(recalled, note=_too_long(plan.full_tokens, reader.sweep_limit))
+    return recalled.prompt, recalled
+
+
+def _too_long(num_tokens: int, limit: int) -> str:
+    return (
+        f"This question seems to be about the whole text, but only excerpts of it were read: {num_tokens} tokens are "
+        f"more than sweep_limit ({limit}). To have all of it read, which takes long, set x_evermini.reading to 'sweep'."
+    )
 
 
 async def whole_prompt(served: ServedModel, request: ChatRequest) -> Sequence[int]:

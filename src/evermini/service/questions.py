@@ -85,3 +85,21 @@ def singular(word: str) -> str:
     if re.search(r"(?:s|x|z|ch|sh)es$", word):
         return word[:-2]
     return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+
+
+_FOLLOW_UP = re.compile(
+    r"^\W*(?:and|but|or|so|then|also|what about|how about|why|when|where|which one|who else|what else)\b|"
+    r"\b(?:he|she|it|they|him|her|them|his|hers|its|their|theirs|ones|else|former|latter)\b|"
+    r"\b(?:this|that|these|those|there|then|one)\W*$",
+    re.I,
+)
+_MAX_FOLLOW_UP_WORDS = 16
+_SURELY_FOLLOWS_WORDS = 3
+
+
+def follows_up(question: str) -> bool:
+    """Return whether a question cannot be understood without the one before it: it is short and points back."""
+    num_words = len(re.findall(r"\w+", question))
+    if num_words <= _SURELY_FOLLOWS_WORDS:
+        return True
+    return num_words <= _MAX_FOLLOW_UP_WORDS and _FOLLOW_UP.search(question) is not None

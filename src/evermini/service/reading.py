@@ -56,6 +56,7 @@ class Recalled:
         passages: What was chosen, in order.
         selection: How it was found.
         ingest_seconds: Time spent on reading what was new, the wait for other texts included.
+        note: What the caller should know of it.
     """
 
     prompt: Sequence[int]
@@ -65,6 +66,7 @@ class Recalled:
     passages: tuple[Passage, ...]
     selection: Selection
     ingest_seconds: float
+    note: str | None = None
 
 
 class LongReader:
@@ -78,6 +80,7 @@ class LongReader:
         policy: How much to read for a question.
         max_bytes: Cap on the index on disk.
         max_prompt_tokens: Longer prompts are refused.
+        sweep_limit: Longer ones are not read as a whole unless that is asked for.
     """
 
     def __init__(
@@ -90,10 +93,12 @@ class LongReader:
         policy: Policy | None = None,
         max_bytes: int | None = None,
         max_prompt_tokens: int = MAX_PROMPT_TOKENS,
+        sweep_limit: int = 0,
     ) -> None:
         self.indexer = indexer
         self.policy = policy or Policy()
         self.max_prompt_tokens = max_prompt_tokens
+        self.sweep_limit = sweep_limit
         self.home = home
         self.assembler = Assembler(tokenizer, template, self._known_tokens)
         self._tokenizer = tokenizer
@@ -176,7 +181,7 @@ class LongReader:
     def _recall_for(self, request: ChatRequest, plan: Plan) -> Recalled:
         """Find what the question needs and write the prompt."""
         policy = replace(self.policy, max_tokens=min(self.policy.max_tokens, plan.budget * 2 // 3))
-        selection = self.recall().ask(plan.segments, plan.question, policy)
+        selection = self.recall().ask(plan.segments, plan.query, policy)
         readings, included = self.assembler.excerpts(
             plan, selection.spans, mark_end=policy.mark_end
         )
@@ -184,7 +189,7 @@ class LongReader:
             prompt=self.assembler.encode(request, plan.parts, readings),
             full_tokens=plan.full_tokens,
             cached_tokens=0,
-            question=plan.question,
+            question=plan.query,
             passages=plan.passages(selection.spans, included),
             selection=selection,
             ingest_seconds=0.0,

@@ -191,6 +191,7 @@ def load_tier(
             home=settings.home,
             policy=reading_policy(loaded.model.config),
             max_bytes=settings.recall_disk,
+            sweep_limit=settings.sweep_limit,
         )
     info = ModelInfo(
         id=entry.aliases[-1] if entry else _name_of(checkpoint.path),

@@ -142,12 +142,14 @@ class Extensions(WireModel):
             the question needs; ``sweep`` all of its long texts, window by window; ``auto`` the first if it fits, else
             the second or third.
         why: Say in the response what was read.
+        progress: Tell in a stream how far the reading of a long text is, in chunks without choices.
         grammar: The answer is a text of this grammar, in llguidance's dialect of Lark.
         regex: The answer matches this regular expression (Rust's syntax) from end to end.
     """
 
     reading: Reading | None = None
     why: bool | None = None
+    progress: bool | None = None
     grammar: Annotated[str, Field(min_length=1)] | None = None
     regex: Annotated[str, Field(min_length=1)] | None = None
 
@@ -296,6 +298,11 @@ class ChatRequest(SamplingRequest):
         """How the prompt is to be read."""
         wanted = self.x_evermini.reading if self.x_evermini else None
         return wanted or "auto"
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether a stream says how far the reading of a long text is."""
+        return bool(self.x_evermini and self.x_evermini.progress)
 
     @property
     def wants_why(self) -> bool:

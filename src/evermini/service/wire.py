@@ -8,14 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from evermini.engine.request import TokenLogprob
-from evermini.service.chat import ChatChoice, ChatDelta, ChatRun, ToolCall, ToolCallDelta
+from evermini.recall.recall import Progress
+from evermini.service.chat import ChatChoice, ChatDelta, ChatRun, Ticket, ToolCall, ToolCallDelta
 from evermini.service.completions import CompletionRun, TextChoice, TextDelta, TextToken
 from evermini.service.decode import ScoredToken
 from evermini.service.embeddings import Embeddings
 from evermini.service.generation import Usage
 from evermini.service.runtime import ModelInfo
 from evermini.service.schemas import ChatRequest
-from evermini.service.sweep import Swept
+from evermini.service.sweep import SweepProgress, Swept
 from evermini.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
@@ -146,6 +147,7 @@ def why(run: ChatRun) -> Json:
         "reading": "recall",
         "recall": {
             "question": recalled.question,
+            "note": recalled.note,
             "prompt_tokens_read": len(recalled.prompt),
             "spans": [
                 {
@@ -185,6 +187,27 @@ def _sweep(swept: Swept) -> Json:
         "tokens_read": swept.tokens_read,
         "tokens_written": swept.tokens_written,
         "seconds": round(swept.seconds, 3),
+    }
+
+
+def chat_progress_chunk(ticket: Ticket, info: ModelInfo, now: Progress) -> Json:
+    """Return a chunk without choices that says how far the reading of a long text is."""
+    return {
+        "id": ticket.id,
+        "object": "chat.completion.chunk",
+        "created": ticket.created,
+        "model": info.id,
+        "choices": [],
+        "x_evermini": {
+            "progress": {
+                "stage": "sweep" if isinstance(now, SweepProgress) else "index",
+                "done_tokens": now.done_tokens,
+                "total_tokens": now.total_tokens,
+                "seconds": round(now.seconds, 3),
+                "tokens_per_second": round(now.tokens_per_second, 1),
+                "eta_seconds": None if now.eta is None else round(now.eta, 1),
+            }
+        },
     }
 
 

@@ -1,0 +1,227 @@
+"""Questions about all of a long text, over HTTP with OpenAI's client; nano reads, code counts."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import httpx
+import openai
+import pytest
+
+from evermini.service.reading import LongReader
+from evermini.service.runtime import Runtime, ServedModel
+from tests.api.test_long_prompts import NEEDLES, story
+from tests.serving import assert_error, make_client, serving, wait_for
+
+SWEEP = {"reading": "sweep", "why": True}
+REVIEWS = "\n".join(
+    f"Review {i + 1}: {('It broke at once.', 'I love it.', 'Fine.')[i % 3]}" for i in range(24)
+)
+
+
+@pytest.fixture(scope="module")
+def served(nano: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
+    assert nano.reader is not None
+    reader = LongReader(
+        nano.reader.indexer,
+        nano.tokenizer,
+        nano.template,
+        home=tmp_path_factory.mktemp("home"),
+        sweep_limit=40_000,
+    )
+    yield replace(nano, reader=reader)
+    reader.close()
+
+
+@pytest.fixture(scope="module")
+def url(served: ServedModel) -> Iterator[str]:
+    with serving(Runtime([served])) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with make_client(url, timeout=300) as client:
+        yield client
+
+
+def as_document(text: str) -> str:
+    return f'<document name="list.txt">\n{text}\n</document>\n\n'
+
+
+def ask(client: openai.OpenAI, content: str, **options):
+    return client.chat.completions.create(
+        model="gpt-4.1-nano",
+        messages=[{"role": "user", "content": content}],
+        max_completion_tokens=16,
+        temperature=0,
+        **{"extra_body": {"x_evermini": SWEEP}, **options},
+    )
+
+
+def test_each_record_is_asked_about_and_counted_in_code(client):
+    answer = ask(client, as_document(REVIEWS) + "How many of the reviews are negative?")
+    assert answer.x_evermini["reading"] == "sweep"
+    swept = answer.x_evermini["sweep"]
+    assert swept["task"] == "check"
+    assert swept["windows"] == 24
+    assert sum(swept["counts"].values()) == 24
+    assert len(swept["items"]) == next(iter(swept["counts"].values()))
+    assert all(item in REVIEWS.splitlines() for item in swept["items"])
+    assert 200 < answer.usage.prompt_tokens < 600
+    assert swept["tokens_read"] > 24 * 20
+
+
+def test_a_list_is_collected_from_every_window_and_has_only_what_the_text_has(client):
+    text = story(seed=3, num_lines=90)
+    answer = ask(client, as_document(text) + "List every person that is named.")
+    swept = answer.x_evermini["sweep"]
+    assert swept["task"] == "collect"
+    assert swept["windows"] > 1
+    known = set(text.lower().replace(".", " ").replace("'", " ").split())
+    for item in swept["items"]:
+        words = item.lower().replace(".", " ").replace("'", " ").split()
+        assert sum(word in known for word in words) * 2 >= len(words)
+
+
+def test_a_summary_is_written_from_notes_on_all_windows_in_a_stream_that_tells_how_it_goes(client):
+    text = story(seed=4, num_lines=400)
+    stream = ask(
+        client,
+        as_document(text) + "Summarise the text.",
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"x_evermini": {**SWEEP, "progress": True}},
+    )
+    chunks = list(stream)
+    told = [
+        c.x_evermini["progress"]
+        for c in chunks
+        if c.model_extra.get("x_evermini", {}).get("progress")
+    ]
+    assert told
+    assert all(report["stage"] == "sweep" for report in told)
+    assert all(0 < report["done_tokens"] <= report["total_tokens"] for report in told)
+    assert len({(c.id, c.created) for c in chunks}) == 1
+    last = next(c for c in chunks if c.choices and c.choices[0].finish_reason)
+    swept = last.x_evermini["sweep"]
+    assert swept["task"] == "note"
+    assert swept["windows"] > 3
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    sent = chunks[-1].usage.prompt_tokens
+    assert abs(sent - swept["tokens_read"]) < sent  # each window once, with what is said around it
+    assert swept["tokens_read"] > 0.9 * sent
+
+
+def test_auto_reads_all_of_a_text_if_the_question_is_about_all_and_it_is_not_too_long(
+    client, served, monkeypatch
+):
+    content = as_document(story(seed=7, num_lines=500)) + "Summarise this text."
+    auto = {"extra_body": {"x_evermini": {"why": True}}}
+    assert ask(client, content, **auto).x_evermini["reading"] == "sweep"
+    monkeypatch.setattr(served.reader, "sweep_limit", 5000)
+    why = ask(client, content, **auto).x_evermini
+    assert why["reading"] == "recall"
+    assert "more than sweep_limit (5000)" in why["recall"]["note"]
+    asked = ask(client, content.replace("Summarise this text.", NEEDLES[150][1]), **auto)
+    assert asked.x_evermini["recall"]["note"] is None
+
+
+def test_a_stream_comments_on_the_first_reading_and_then_answers(url, client):
+    content = as_document(story(seed=8, num_lines=1200)) + NEEDLES[150][1]
+    body = {
+        "model": "gpt-4.1-nano",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 4,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.status_code == 200
+    reports = [line for line in lines if line.startswith(":")]
+    assert re.fullmatch(r": reading \d+ of \d+ tokens", reports[0])
+    assert lines.index(reports[-1]) < next(
+        i for i, line in enumerate(lines) if line.startswith("data")
+    )
+    assert lines[-1] == "data: [DONE]"
+    assert list(ask(client, content, stream=True))[-1].choices[0].finish_reason
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_index_without_room_is_an_error_that_is_not_retried(nano, tmp_path, stream):
+    assert nano.reader is not None
+    reader = LongReader(
+        nano.reader.indexer, nano.tokenizer, nano.template, home=tmp_path, max_bytes=1000
+    )
+    requests = []
+    http = httpx.Client(event_hooks={"request": [requests.append]}, timeout=60)
+    with (
+        serving(Runtime([replace(nano, reader=reader)])) as url,
+        make_client(url, max_retries=2, http_client=http) as client,
+        pytest.raises(openai.APIStatusError) as caught,
+    ):
+        ask(client, story(seed=9, num_lines=500) + "\n\nWho?", stream=stream, extra_body={})
+    reader.close()
+    assert caught.value.status_code == 413
+    assert caught.value.code == "recall_disk_exceeded"
+    assert "raise recall_disk" in str(caught.value)
+    assert len(requests) == 1
+
+
+def test_a_question_that_follows_another_is_looked_up_with_it(client):
+    document = as_document(story(seed=2, num_lines=600))
+    answer = client.chat.completions.create(
+        model="gpt-4.1-nano",
+        messages=[
+            {"role": "user", "content": document + "Does the captain have a parrot?"},
+            {"role": "assistant", "content": "Yes, the captain has a parrot."},
+            {"role": "user", "content": "What is it called?"},
+        ],
+        max_completion_tokens=16,
+        temperature=0,
+        extra_body={"x_evermini": {"why": True}},
+    )
+    assert "parrot" in answer.x_evermini["recall"]["question"]
+    spans = answer.x_evermini["recall"]["spans"]
+    assert any(s["lines"][0] <= 150 <= s["lines"][1] and s["included"] for s in spans)
+
+
+def test_a_client_that_leaves_ends_the_sweep(url, client, served):
+    text = story(seed=6, num_lines=1500)
+    body = {
+        "model": "gpt-4.1-nano",
+        "messages": [{"role": "user", "content": as_document(text) + "Summarise the text."}],
+        "x_evermini": SWEEP,
+    }
+
+    def leave() -> None:
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=2)
+
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    wait_for(lambda: served.worker.stats().running > 0, 30)
+    leaving.join()
+    wait_for(lambda: served.worker.stats().running == 0, 30)
+    done = served.worker.stats().finished
+    time.sleep(0.5)
+    assert served.worker.stats().finished == done
+    assert done["abort"] > 0
+
+
+def test_a_sweep_needs_recall_and_a_long_text(nano, client):
+    with serving(Runtime([replace(nano, reader=None)])) as url:
+        response = httpx.post(
+            f"{url}/v1/chat/completions",
+            json={
+                "model": "gpt-4.1-nano",
+                "messages": [{"role": "user", "content": "Hello!"}],
+                "x_evermini": SWEEP,
+            },
+        )
+        assert assert_error(response, 400)["code"] == "unsupported_parameter"
+    assert ask(client, "Hello!").x_evermini["reading"] == "dense"
