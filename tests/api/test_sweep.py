@@ -120,7 +120,7 @@ def test_a_summary_is_written_from_notes_on_all_windows_in_a_stream_that_tells_h
 def test_auto_reads_all_of_a_text_if_the_question_is_about_all_and_it_is_not_too_long(
     client, served, monkeypatch
 ):
-    content = as_document(story(seed=7, num_lines=440)) + "Summarise this text."
+    content = as_document(story(seed=7, num_lines=500)) + "Summarise this text."
     auto = {"extra_body": {"x_evermini": {"why": True}}}
     assert ask(client, content, **auto).x_evermini["reading"] == "sweep"
     monkeypatch.setattr(served.reader, "sweep_limit", 5000)
