@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -54,6 +55,15 @@ def checkpoint_of(tier: str) -> Checkpoint:
     return open_checkpoint(pull.ensure(tier, home=home))
 
 
+def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages as `transformers` wants them: arguments decoded."""
+    decoded: list[dict[str, Any]] = json.loads(json.dumps(messages))
+    for message in decoded:
+        for call in message.get("tool_calls", ()):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return decoded
+
+
 @pytest.mark.parametrize(
     ("tier", "messages", "tools"),
     [
@@ -75,7 +85,7 @@ def test_prompts_are_the_models_own(
         checkpoint.path.parent, gguf_file=checkpoint.path.name
     )
     theirs = reference.apply_chat_template(
-        messages,
+        with_objects(messages),
         tools=tools,
         chat_template=checkpoint.tokenizer.chat_template,
         add_generation_prompt=True,
