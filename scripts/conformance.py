@@ -29,7 +29,7 @@ SURFACE = {
     "conversations": ("test_conversations.py", "conversations/test_items.py"),
     "models": ("test_models.py",),
     "embeddings": ("test_embeddings.py",),
-    "files": ("test_files.py", "test_uploads.py", "uploads/test_parts.py"),
+    "files, uploads": ("test_files.py", "test_uploads.py", "uploads/test_parts.py"),
     "batches": ("test_batches.py",),
 }
 """The parts of the API that are here, and their tests below tests/api_resources."""
@@ -139,9 +139,11 @@ def _problem(case: ElementTree.Element) -> str:
     if failed is None:
         return ""
     text = failed.text or ""
-    refused = re.search(r"Error code: (\d+) - \{'error': \{'message': (['\"])(.*?)\2, 'type'", text)
+    refused = re.search(r"Error code: (\d+) - (.*)", text)
     if refused:
-        return f"{refused[1]}: {refused[3]}"
+        # Clients before 3.0 show the whole body.
+        message = re.match(r"\{'error': \{'message': (['\"])(.*?)\1, 'type'", refused[2])
+        return f"{refused[1]}: {message[2] if message else refused[2]}"
     return "**wrong answer**: " + (failed.get("message") or "")[:200].replace("\n", " ")
 
 

@@ -121,8 +121,9 @@ def _item(item_id: str) -> Json:
 
 
 def _messages() -> list[Json]:
+    # The client's type of stored messages knows no other role; real ones have it, as OpenAI's do.
     message: Json = {
-        "role": "user",
+        "role": "assistant",
         "content": "string",
         "refusal": None,
         "content_parts": None,
