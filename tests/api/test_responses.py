@@ -279,15 +279,16 @@ class TestStored:
         assert caught.value.param == "stream"
 
 
+@pytest.fixture(scope="module")
+def small(nano: ServedModel) -> Iterator[openai.OpenAI]:
+    settings = Settings(kv_memory=64 * 1024**2)
+    served = tiny_served(nano, tiny_model(nano), settings)
+    with Runtime([served]) as runtime, serving(runtime) as url:
+        yield make_client(url)
+
+
 class TestTruncation:
     """A model with a window of 256 tokens and nothing that reads beyond it."""
-
-    @pytest.fixture(scope="class")
-    def small(self, nano: ServedModel) -> Iterator[openai.OpenAI]:
-        settings = Settings(kv_memory=64 * 1024**2)
-        served = tiny_served(nano, tiny_model(nano), settings)
-        with Runtime([served]) as runtime, serving(runtime) as url:
-            yield make_client(url)
 
     def items(self) -> list[Any]:
         roles = ("user", "assistant")
