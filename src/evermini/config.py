@@ -264,6 +264,27 @@ class Settings:
         group="Server",
         metavar="SECONDS",
     )
+    machine_price: Annotated[float, Ge(0)] | None = _setting(
+        None,
+        "What an hour of this machine costs, in US dollars; for `evermini usage`.",
+        group="Costs",
+        shown="not known",
+        metavar="USD",
+    )
+    machine_watts: Annotated[float, Ge(0)] | None = _setting(
+        None,
+        "What this machine draws when it is busy; counts where machine_price is not set.",
+        group="Costs",
+        shown="not known",
+        metavar="WATTS",
+    )
+    electricity_price: Annotated[float, Ge(0)] | None = _setting(
+        None,
+        "What a kilowatt-hour costs, in US dollars.",
+        group="Costs",
+        shown="not known",
+        metavar="USD",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Least severe log line to write.", group="Server"
     )

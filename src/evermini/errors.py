@@ -17,7 +17,9 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── RecallDiskError             413 code recall_disk_exceeded: a long context's index exceeds its disk cap
     │   ├── RangeError                  416
     │   ├── UnsupportedMediaTypeError   415
-    │   └── OverloadedError             429 code rate_limit_exceeded
+    │   ├── RateLimitError              429 code rate_limit_exceeded: this key's limit
+    │   ├── QuotaError                  429 code insufficient_quota: this key's budget
+    │   └── OverloadedError             429 code rate_limit_exceeded: nobody's fault
     ├── EngineError                     500: a step failed; the request is lost, the server lives
     │   └── EngineStoppedError          503: the engine is shutting down
     ├── ModelError                      a checkpoint that cannot be used
@@ -168,6 +170,26 @@ class UnsupportedMediaTypeError(RequestError):
     """The request body is not JSON by its own account."""
 
     status = 415
+
+
+class RateLimitError(RequestError):
+    """A key's limit is reached; ``retry_after`` is the pause in seconds until it is not."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QuotaError(RequestError):
+    """A key's budget is spent; trying again does not help."""
+
+    status = 429
+    type = "insufficient_quota"
+    default_code = "insufficient_quota"
 
 
 class OverloadedError(RequestError):

@@ -27,8 +27,10 @@ from evermini.storage.chats import ChatStore
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database, database_url
 from evermini.storage.files import FileStore, StoredFile
+from evermini.storage.keys import KeyStore
 from evermini.storage.responses import Addition, Lease, ResponseStore, StoredResponse
 from evermini.storage.schema import Base, Cursor
+from evermini.storage.usage import Filter, UsageStore, Used
 from tests.databases import postgres_server
 
 
@@ -428,3 +430,52 @@ class TestFiles:
         assert files.total_bytes() == 5
         files.delete_expired(200)
         assert files.total_bytes() == 0
+
+
+class TestUsage:
+    def test_sums_by_time_and_group(self, database: Database) -> None:
+        store = UsageStore(database)
+        used = [
+            Used(at, "r", "/v1/responses", model, key, "p", batch, 10, 4, 2, 0, 0, 0.1)
+            for at, model, key, batch in [
+                (100, "a", "k", False),
+                (119, "a", None, True),
+                (120, "b", "k", False),
+                (240, "b", "k", False),
+            ]
+        ]
+        store.add(used, 100, 12.5)
+        store.add([], 130, 1.5)
+        by_time = store.totals(0, 240, width=60)
+        assert [(t.start, t.num_requests, t.input_tokens) for t in by_time] == [
+            (60, 2, 20),
+            (120, 1, 10),
+        ]
+        by_model = store.totals(0, 300, group_by=("model", "is_batch"))
+        assert [
+            (t.group["model"], bool(t.group["is_batch"]), t.output_tokens) for t in by_model
+        ] == [
+            ("a", False, 2),
+            ("a", True, 2),
+            ("b", False, 4),
+        ]
+        only = Filter(keys=["k"], models=["b"], is_batch=False)
+        assert [t.cached_tokens for t in store.totals(0, 300, only=only)] == [8]
+        assert store.totals(300, 400) == []
+        assert store.machine_seconds(0, 130) == 12.5
+        assert store.machine_seconds(0, 131) == 14.0
+
+
+def test_keys_are_stored_as_hashes_and_every_change_is_logged(database: Database, url: URL) -> None:
+    from evermini.service.access import new_key
+
+    store = KeyStore(database)
+    secret, key = new_key("laptop", scopes=["inference"], monthly_budget=1.5)
+    store.add(key)
+    assert store.find(key.digest) == key
+    assert store.any_valid(time.time())
+    store.revoke(key.id, 7)
+    store.revoke(key.id, 8)
+    assert not store.any_valid(time.time())
+    assert [entry.action for entry in store.audit_log(9)] == ["key.revoked", "key.created"]
+    assert secret not in repr(store.list()) + repr(store.audit_log(9))

@@ -30,14 +30,17 @@ from evermini.api import (
     monitoring,
     responses,
     stored_chats,
+    usage,
 )
 from evermini.api.conformance import ConformanceFixtures
 from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
 from evermini.config import Settings
+from evermini.service.access import Access
 from evermini.service.batches.requests import BatchService
 from evermini.service.batches.worker import BatchWorker
 from evermini.service.files import FileService
 from evermini.service.jobs import JobRunner
+from evermini.service.metering import Meter
 from evermini.service.responses.service import Responses
 from evermini.service.runtime import Runtime
 from evermini.storage.batches import JOB
@@ -64,8 +67,10 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
                 expose_headers=EXPOSED_HEADERS,
             )
         )
-    if settings.api_keys:
-        middleware.append(Middleware(Authentication, keys=settings.api_keys))
+    meter = Meter(database)
+    runtime.metrics.meter = meter
+    access = Access(database, settings.api_keys, meter)
+    middleware.append(Middleware(Authentication, access=access))
     middleware.append(
         Middleware(BodyLimit, limit=settings.max_request_bytes, by_path=files.BODY_LIMITS)
     )
@@ -76,11 +81,13 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         jobs: JobRunner = app.state.jobs
+        meter.start()
         jobs.start()
         service.background.start()
         yield
         await service.background.stop(settings.drain_timeout)
         await jobs.stop()
+        await meter.stop()
 
     app = FastAPI(
         title="Evermini",
@@ -109,6 +116,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         embeddings,
         files,
         batches,
+        usage,
         models,
         moderations,
         monitoring,

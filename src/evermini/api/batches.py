@@ -15,6 +15,7 @@ from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.api.middleware import INTERNAL
 from evermini.service.batches.requests import BatchService, parse_batch
 from evermini.service.batches.worker import Execute
+from evermini.service.caller import Caller
 from evermini.service.jobs import JobRunner
 
 router = APIRouter(prefix="/v1/batches")
@@ -58,19 +59,17 @@ def executor(app: ASGIApp) -> Execute:
     They need no key (whoever created the batch had one) and yield to requests that somebody waits for.
     """
 
-    async def internal(scope: Scope, receive: Receive, send: Send) -> None:
-        scope[INTERNAL] = True
-        await app(scope, receive, send)
+    async def execute(caller: Caller, body: bytes) -> tuple[int, str, object]:
+        async def internal(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[INTERNAL] = caller
+            await app(scope, receive, send)
 
-    client = httpx.AsyncClient(
-        transport=httpx.ASGITransport(internal, raise_app_exceptions=False),
-        base_url="http://batch",
-        timeout=None,
-    )
-
-    async def execute(endpoint: str, body: bytes) -> tuple[int, str, object]:
+        transport = httpx.ASGITransport(internal, raise_app_exceptions=False)
         headers = {"content-type": "application/json"}
-        answer = await client.post(endpoint, content=body, headers=headers)
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://batch", timeout=None
+        ) as client:
+            answer = await client.post(caller.endpoint, content=body, headers=headers)
         return answer.status_code, answer.headers["x-request-id"], from_json(answer.content)
 
     return execute

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from typing import Any
 
@@ -21,6 +22,8 @@ from evermini.errors import (
     InvalidRequestError,
     NotFoundError,
     OverloadedError,
+    QuotaError,
+    RateLimitError,
     RequestError,
     RequestTooLargeError,
     StorageError,
@@ -88,6 +91,11 @@ def error_response(error: Exception) -> JsonResponse:
         headers["x-should-retry"] = "false"  # clients would send it again at once, all of it
     elif isinstance(shown, OverloadedError | EngineStoppedError | StorageError):
         headers["retry-after"] = str(RETRY_SECONDS)
+    elif isinstance(shown, RateLimitError):
+        headers["retry-after"] = str(math.ceil(shown.retry_after))
+        headers["retry-after-ms"] = str(math.ceil(1000 * shown.retry_after))
+    elif isinstance(shown, QuotaError):
+        headers["x-should-retry"] = "false"
     elif isinstance(shown, AuthenticationError):
         headers["www-authenticate"] = "Bearer"
     elif isinstance(shown, RequestTooLargeError):

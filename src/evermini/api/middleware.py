@@ -2,19 +2,19 @@
 
 RequestContext      request id, timing headers, access log, request counter, last resort for errors
 CORS                only if origins are configured
-Authentication      only if keys are configured
+Authentication      who asks, and whether they may
 BodyLimit           counts the body while it comes in
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,20 +22,33 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evermini.api.errors import error_response
-from evermini.errors import AuthenticationError, RequestTooLargeError
+from evermini.errors import EverminiError, RequestTooLargeError
+from evermini.service.access import Access
+from evermini.service.caller import Caller, current_caller
 from evermini.service.metrics import Metrics
 
 log = structlog.get_logger("evermini.api")
 
 OPENAI_VERSION = "2020-10-01"
-EXPOSED_HEADERS = ("x-request-id", "openai-processing-ms", "openai-version", "retry-after")
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "openai-processing-ms",
+    "openai-version",
+    "retry-after",
+    *(
+        f"x-ratelimit-{what}-{unit}"
+        for unit in ("requests", "tokens")
+        for what in ("limit", "remaining", "reset")
+    ),
+)
 """Headers that pages from an allowed origin may read."""
 
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 """Paths that are asked for every few seconds; they are logged for debugging only."""
 
 INTERNAL = "evermini.internal"
-"""Key of an ASGI scope that this process made itself, for a batch; nothing that comes in over a socket has it."""
+"""Key of an ASGI scope that this process made itself, for a batch; its value is the `Caller`. Nothing that comes in
+over a socket has it."""
 
 DISCARD_SECONDS = 5.0
 """How long the rest of a too large body is read and thrown away, so that its sender gets to read the answer."""
@@ -55,7 +68,7 @@ class RequestContext:
             return
         arrived = time.perf_counter()
         request_id = f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["arrived"] = arrived
+        scope.setdefault("state", {}).update(arrived=arrived, request_id=request_id)
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -99,36 +112,53 @@ class RequestContext:
 
 
 class Authentication:
-    """Asks for a bearer token below ``/v1/``; health and metrics stay open for probes."""
+    """Finds out who asks, below ``/v1/``, and whether they may; health and metrics stay open for probes.
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
+    Everything that the request sets off knows its caller from then on (`evermini.service.caller`).
+    """
+
+    def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
-        self._keys = [key.encode() for key in keys]
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on if it has a key."""
-        if scope["type"] == "http" and scope["path"].startswith("/v1") and INTERNAL not in scope:
-            error = self._refusal(Headers(scope=scope).get("authorization", ""))
-            if error is not None:
-                await error_response(error)(scope, receive, send)
+        """Pass the request on, or refuse it."""
+        if scope["type"] != "http" or not scope["path"].startswith("/v1"):
+            await self._app(scope, receive, send)
+            return
+        request_id: str = scope["state"]["request_id"]
+        internal: Caller | None = scope.get(INTERNAL)
+        key = None
+        if internal is not None:
+            caller = replace(internal, request_id=request_id)
+        else:
+            try:
+                key = await self._access.identify(Headers(scope=scope).get("authorization", ""))
+                self._access.check_scope(key, scope["path"])
+                if scope["method"] == "POST":
+                    await self._access.admit(key)
+            except EverminiError as error:
+                response = error_response(error)
+                response.headers.update(self._access.headers(key))
+                await response(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
-
-    def _refusal(self, header: str) -> AuthenticationError | None:
-        scheme, _, key = header.partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
-            return AuthenticationError(
-                "You didn't provide an API key. You need to provide your API key in an Authorization header using "
-                "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+            caller = Caller(
+                request_id=request_id,
+                endpoint=scope["path"],
+                key_id=key.id if key else None,
+                project=key.project if key else "default",
             )
-        given = key.strip().encode()
-        # All keys are compared, each in constant time: how long a refusal takes tells nothing.
-        matches = [hmac.compare_digest(given, known) for known in self._keys]
-        if any(matches):
-            return None
-        return AuthenticationError(
-            "Incorrect API key provided. This server's operator hands out the keys (EVERMINI_API_KEY)."
-        )
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start" and key is not None:
+                MutableHeaders(scope=message).update(self._access.headers(key))
+            await send(message)
+
+        token = current_caller.set(caller)
+        try:
+            await self._app(scope, receive, send_with_limits)
+        finally:
+            current_caller.reset(token)
 
 
 class BodyLimit:

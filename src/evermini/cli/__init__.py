@@ -22,10 +22,12 @@ from evermini.cli.config import config
 from evermini.cli.contexts import contexts
 from evermini.cli.doctor import doctor
 from evermini.cli.eval import evaluations
+from evermini.cli.keys import keys
 from evermini.cli.pull import models, pull, rm
 from evermini.cli.recall import calibrate, ingest
 from evermini.cli.serve import serve
 from evermini.cli.storage import gc
+from evermini.cli.usage import cost, usage
 from evermini.errors import ConfigError, EverminiError
 
 app = typer.Typer(
@@ -35,9 +37,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (serve, chat, ask, ingest, calibrate, pull, models, rm, gc, doctor, config):
+for command in (
+    serve,
+    chat,
+    ask,
+    ingest,
+    calibrate,
+    pull,
+    models,
+    rm,
+    usage,
+    cost,
+    gc,
+    doctor,
+    config,
+):
     app.command()(command)
 app.add_typer(contexts, name="contexts")
+app.add_typer(keys, name="keys")
 app.add_typer(evaluations, name="eval")
 
 

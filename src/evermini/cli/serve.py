@@ -19,18 +19,22 @@ def serve(loaded: LoadedSettings) -> None:
     Weights that are not on disk yet are fetched first. Ctrl-C or SIGTERM stops it gracefully: no new requests, and
     --drain-timeout seconds for the running ones; a second Ctrl-C stops it at once.
     """
+    import time
     from contextlib import ExitStack
 
     settings = loaded.settings
-    listener = _listen(settings)  # before the weights: a taken port is known at once
     from evermini.cli.logs import configure_logging
     from evermini.cli.pull import download_bar
     from evermini.cli.server import run_server
     from evermini.service.runtime import Runtime, load_tier
     from evermini.storage.database import Database
+    from evermini.storage.keys import KeyStore
 
     configure_logging(settings.log_level)
-    with listener, Database.open(settings) as database, ExitStack() as stack:
+    with Database.open(settings) as database, ExitStack() as stack:
+        has_keys = bool(settings.api_keys) or KeyStore(database).any_valid(time.time())
+        # Before the weights: a taken port is known at once.
+        listener = stack.enter_context(_listen(settings, has_keys=has_keys))
         models = []
         for name in settings.models:
             print(f"Loading {name} ...", flush=True)
@@ -41,7 +45,7 @@ def serve(loaded: LoadedSettings) -> None:
         run_server(runtime, database, settings, listener)
 
 
-def _listen(settings: Settings) -> socket.socket:
+def _listen(settings: Settings, *, has_keys: bool) -> socket.socket:
     """Return a listening socket.
 
     Raises:
@@ -60,11 +64,11 @@ def _listen(settings: Settings) -> socket.socket:
         ) from error
     family, *_, address = min(found, key=lambda item: item[0] != socket.AF_INET)
     is_local = ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
-    if not is_local and not settings.api_keys and not settings.allow_unauthenticated:
+    if not is_local and not has_keys and not settings.allow_unauthenticated:
         raise ConfigError(
             f"Not listening on {host}: other machines can reach that address, and without an API key anyone there "
-            "could use this server. Set EVERMINI_API_KEY, listen on 127.0.0.1, or, on a network where everyone may, "
-            "say --allow-unauthenticated.",
+            "could use this server. Create a key (`evermini keys create NAME`), set EVERMINI_API_KEY, listen on "
+            "127.0.0.1, or, on a network where everyone may, say --allow-unauthenticated.",
             param="host",
         )
     try:

@@ -148,6 +148,7 @@ class ChatRun:
         generation: Generation,
         read: Recalled | Swept | None,
         ticket: Ticket,
+        timer: RequestTimer,
     ) -> None:
         self.id = ticket.id
         self.created = ticket.created
@@ -158,6 +159,7 @@ class ChatRun:
         self.choices = [ChatChoice(index) for index in range(request.num_choices)]
         self._call_ids = [_CallIds() for _ in self.choices]
         self._generation = generation
+        self._timer = timer
 
     async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
         """Yield the choices' deltas as they come; leaving early ends the request in the engine.
@@ -215,6 +217,8 @@ class ChatRun:
     def abort(self) -> None:
         """End the request in the engine if it still runs."""
         self._generation.abort()
+        if self._generation.has_begun:
+            self._timer.used(self.usage)
 
 
 async def start(
@@ -283,7 +287,7 @@ async def start(
         new_parser=new_parser(request, served.template.tool_format),
     )
     generation.start()
-    return ChatRun(served, request, generation, read, ticket or Ticket())
+    return ChatRun(served, request, generation, read, ticket or Ticket(), timer)
 
 
 async def _tokens(served: ServedModel, prediction: Prediction) -> tuple[int, ...]:

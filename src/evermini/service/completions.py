@@ -89,6 +89,7 @@ class CompletionRun:
         request: CompletionRequest,
         prompts: Sequence[Prompt],
         generation: Generation,
+        timer: RequestTimer,
     ) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
@@ -96,6 +97,7 @@ class CompletionRun:
         self.request = request
         self._prompts = prompts
         self._generation = generation
+        self._timer = timer
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """Yield the candidates' deltas; with ``echo``, the first of each begins with its prompt."""
@@ -161,6 +163,8 @@ class CompletionRun:
     def abort(self) -> None:
         """End the request in the engine if it still runs."""
         self._generation.abort()
+        if self._generation.has_begun:
+            self._timer.used(self.usage)
 
 
 async def start(
@@ -218,7 +222,7 @@ async def start(
         end_ids=tokenizer.eos_ids if lists_end else frozenset(),
     )
     generation.start()
-    return CompletionRun(served, request, prompts, generation)
+    return CompletionRun(served, request, prompts, generation, timer)
 
 
 def character_offsets(tokens: Iterable[bytes]) -> list[int]:

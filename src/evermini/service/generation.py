@@ -158,6 +158,11 @@ class Generation:
         self._end_open("abort")
 
     @property
+    def has_begun(self) -> bool:
+        """A prompt has been computed, so there is something to pay for."""
+        return bool(self._num_cached)
+
+    @property
     def usage(self) -> Usage:
         """Tokens so far; final once the deltas are exhausted."""
         accepted = self._num_predicted

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
@@ -21,6 +22,10 @@ from prometheus_client.registry import Collector
 
 from evermini.engine.engine import EngineStats
 from evermini.engine.masks import MASK_BUCKETS
+
+if TYPE_CHECKING:
+    from evermini.service.generation import Usage
+    from evermini.service.metering import Meter
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -35,10 +40,14 @@ class Metrics:
 
     Args:
         engine_stats: Returns the current statistics of each engine by model id; called at every scrape.
+
+    Attributes:
+        meter: Counts tokens for the bill, where there is a database.
     """
 
     def __init__(self, engine_stats: Callable[[], Mapping[str, EngineStats]]) -> None:
         self.registry = CollectorRegistry()
+        self.meter: Meter | None = None
         model = ["model_name"]
         self.first_token = Histogram(
             "evermini_time_to_first_token_seconds",
@@ -101,6 +110,7 @@ class RequestTimer:
         self._model = model_name
         self._arrived = arrived
         self._saw_token = False
+        self._was_counted = False
         self._last_token: dict[int, float] = {}
 
     def token(self, choice: int) -> None:
@@ -119,6 +129,13 @@ class RequestTimer:
         """The grammar of the answer was there after ``seconds``."""
         if self._metrics is not None:
             self._metrics.grammar_compile.labels(self._model).observe(seconds)
+
+    def used(self, usage: Usage) -> None:
+        """The request has ended, answered or not, and used these tokens; counted the first time only."""
+        if self._metrics is None or self._metrics.meter is None or self._was_counted:
+            return
+        self._was_counted = True
+        self._metrics.meter.count(self._model, usage, time.perf_counter() - self._arrived)
 
     def choice_ended(self, reason: str) -> None:
         """A choice ended."""

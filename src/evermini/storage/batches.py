@@ -37,6 +37,8 @@ class BatchRow(Base):
     status: Mapped[str]
     body: Mapped[Json]
     output_seconds: Mapped[int | None]
+    key_id: Mapped[str | None]
+    project: Mapped[str] = mapped_column(server_default="default")
 
 
 class BatchResultRow(Base):
@@ -85,10 +87,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class StoredBatch:
-    """A batch as clients see it, and how long its files are kept (``None``: until they are deleted)."""
+    """A batch.
+
+    Attributes:
+        body: The object that clients see.
+        output_seconds: How long its files are kept; ``None``: until they are deleted.
+        key_id: The key that created it, if one did.
+        project: What its tokens are counted for.
+    """
 
     body: Json
     output_seconds: int | None
+    key_id: str | None = None
+    project: str = "default"
 
     @property
     def id(self) -> str:
@@ -116,6 +127,8 @@ class BatchStore:
                     status=batch.status,
                     body=batch.body,
                     output_seconds=batch.output_seconds,
+                    key_id=batch.key_id,
+                    project=batch.project,
                 )
             )
             enqueue(session, JOB, batch.id, now)
@@ -332,4 +345,4 @@ def _stored(session: Session, row: BatchRow) -> StoredBatch:
     body = row.body
     if row.status not in FINAL:
         body = {**body, **_shown(row, _counts(session, row))}
-    return StoredBatch(body, row.output_seconds)
+    return StoredBatch(body, row.output_seconds, row.key_id, row.project)

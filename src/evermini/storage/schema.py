@@ -11,6 +11,8 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
 
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
+Scope = Literal["inference", "files", "admin"]
+"""What a key may be good for: models; files, batches and training; everybody's usage and costs."""
 RowT = TypeVar("RowT")
 
 Number = BigInteger().with_variant(Integer, "sqlite")

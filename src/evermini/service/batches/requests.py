@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evermini.errors import InvalidRequestError, NotFoundError
 from evermini.service import validation
+from evermini.service.caller import current_caller
 from evermini.service.files import ExpiresAfter, FileService, random_token
 from evermini.service.schemas import Metadata
 from evermini.storage.batches import FINAL, BatchStore, StoredBatch
@@ -98,7 +99,10 @@ class BatchService:
             "metadata": wanted.metadata,
         }
         expires = wanted.output_expires_after
-        batch = StoredBatch(body, None if expires is None else expires.seconds)
+        caller = current_caller.get()
+        batch = StoredBatch(
+            body, None if expires is None else expires.seconds, caller.key_id, caller.project
+        )
         await self._database.run(self._store.add, batch, time.time())
         return batch
 

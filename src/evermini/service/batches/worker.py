@@ -17,6 +17,7 @@ from typing import IO, Any
 from evermini.errors import NotFoundError
 from evermini.service.batches.lines import Input, Line, in_order, read_body, read_input
 from evermini.service.batches.requests import request_line
+from evermini.service.caller import Caller
 from evermini.service.files import FileService
 from evermini.storage.batches import BatchStore, Result, StoredBatch, Tokens
 from evermini.storage.database import Database
@@ -40,8 +41,8 @@ _ENDINGS = {
     },
 }
 
-Execute = Callable[[str, bytes], Awaitable[tuple[int, str, Any]]]
-"""(endpoint, JSON body) -> (HTTP status, request id, decoded body): what a client would have got, of low priority."""
+Execute = Callable[[Caller, bytes], Awaitable[tuple[int, str, Any]]]
+"""(for whom and where, JSON body) -> (HTTP status, request id, decoded body): what a client would have got."""
 
 
 class BatchWorker:
@@ -172,8 +173,14 @@ class BatchWorker:
             task.add_done_callback(running.discard)
 
     async def _do(self, batch: StoredBatch, line: Line, body: bytes) -> Result:
+        caller = Caller(
+            endpoint=batch.body["endpoint"],
+            key_id=batch.key_id,
+            project=batch.project,
+            is_batch=True,
+        )
         for attempt in range(1, MAX_TRIES + 1):
-            status, request_id, answer = await self._execute(batch.body["endpoint"], body)
+            status, request_id, answer = await self._execute(caller, body)
             if status not in (409, 429) and status < 500:
                 break
             log.info("batch %s, line %s: %d, try %d", batch.id, line.number, status, attempt)

@@ -1,0 +1,297 @@
+"""Who may ask, for what, how often, and for how much.
+
+    access = Access(database, settings.api_keys)
+    key = await access.identify(header)      # 401
+    access.check_scope(key, path)            # 403
+    await access.admit(key)                  # 429
+
+Keys lie hashed in the database; a lookup is remembered for `MEMORY_SECONDS`, so a revoked key works that long at most.
+Limits count per server process: behind two processes a key has twice its requests per minute. Budgets are counted in
+the database and hold for all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import get_args
+
+from evermini.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    QuotaError,
+    RateLimitError,
+)
+from evermini.service.metering import Meter
+from evermini.service.prices import price_of
+from evermini.storage.database import Database
+from evermini.storage.keys import ApiKey, KeyStore
+from evermini.storage.schema import Scope
+from evermini.storage.usage import Used
+
+MEMORY_SECONDS = 10.0
+_MEMORY_KEYS = 4096
+PREFIX = "sk-evermini-"
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+DEFAULT_SCOPES: tuple[Scope, ...] = ("inference", "files")
+_FILE_PATHS = ("/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning")
+_ADMIN_PATHS = ("/v1/organization",)
+
+
+@dataclass
+class _Bucket:
+    """Fills by ``per_minute`` a minute, up to one minute's worth; may be overdrawn, and then has to fill up again."""
+
+    per_minute: int
+    level: float = 0.0
+    at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.level = float(self.per_minute)
+
+    def now(self) -> float:
+        now = time.monotonic()
+        self.level = min(
+            float(self.per_minute), self.level + (now - self.at) * self.per_minute / 60
+        )
+        self.at = now
+        return self.level
+
+    def seconds_until(self, level: float) -> float:
+        return max(0.0, (level - self.now()) * 60 / self.per_minute)
+
+    def headers(self, what: str) -> dict[str, str]:
+        return {
+            f"x-ratelimit-limit-{what}": str(self.per_minute),
+            f"x-ratelimit-remaining-{what}": str(max(0, math.floor(self.now()))),
+            f"x-ratelimit-reset-{what}": f"{self.seconds_until(self.per_minute):.3f}s",
+        }
+
+
+@dataclass
+class _Account:
+    requests: _Bucket | None
+    tokens: _Bucket | None
+    spent: float | None = None
+    """US dollars in ``month``; ``None``: not asked for yet."""
+    month: int = 0
+
+
+class Access:
+    """Decides about requests, for one server process.
+
+    Args:
+        database: Where keys are.
+        static_keys: Keys of the settings, which may do everything and have no limits.
+        meter: Tells what requests use.
+    """
+
+    def __init__(self, database: Database, static_keys: Sequence[str], meter: Meter) -> None:
+        self._database = database
+        self._store = KeyStore(database)
+        self._static = [key.encode() for key in static_keys]
+        self._meter = meter
+        self._known: OrderedDict[str, tuple[float, ApiKey | None]] = OrderedDict()
+        self._accounts: dict[str, _Account] = {}
+        self._asks = bool(static_keys)
+        self._looked = -math.inf
+        meter.observers.append(self._spend)
+
+    async def identify(self, header: str) -> ApiKey | None:
+        """Return the key of a request; ``None``: it is one of the settings', or no key is asked for.
+
+        Args:
+            header: The request's Authorization header.
+
+        Raises:
+            AuthenticationError: There is none, or it is not accepted.
+        """
+        if not await self._is_asked():
+            return None
+        scheme, _, rest = header.partition(" ")
+        given = rest.strip()
+        if scheme.lower() != "bearer" or not given:
+            raise AuthenticationError(
+                "You didn't provide an API key. You need to provide your API key in an Authorization header using "
+                "Bearer auth (i.e. Authorization: Bearer YOUR_KEY)."
+            )
+        # All static keys are compared, each in constant time; the others are looked up by a hash that an attacker
+        # cannot steer: how long a refusal takes tells nothing.
+        matches = [hmac.compare_digest(given.encode(), known) for known in self._static]
+        if any(matches):
+            return None
+        key = await self._find(digest_of(given))
+        if key is None:
+            raise AuthenticationError(
+                "Incorrect API key provided. This server's operator hands out the keys (`evermini keys create`, or "
+                "EVERMINI_API_KEY)."
+            )
+        if not key.is_valid(time.time()):
+            why = "revoked" if key.revoked_at is not None else "expired"
+            raise AuthenticationError(
+                f"The API key {key.shown} has {'been ' if why == 'revoked' else ''}{why}."
+            )
+        return key
+
+    def check_scope(self, key: ApiKey | None, path: str) -> None:
+        """Refuse what a key may not do.
+
+        Raises:
+            PermissionDeniedError: Its scopes do not cover the path.
+        """
+        if key is None:
+            return
+        needed = scope_of(path)
+        if needed not in key.scopes:
+            raise PermissionDeniedError(
+                f"You have insufficient permissions for this operation. Missing scope: {needed}. Ask for a key with "
+                "that scope (`evermini keys create --scope`).",
+                code="missing_scope",
+            )
+
+    async def admit(self, key: ApiKey | None) -> None:
+        """Count a request against its key's limits.
+
+        Raises:
+            RateLimitError: There were too many in the last minute, or too many tokens.
+            QuotaError: The month's budget is spent.
+        """
+        if key is None:
+            return
+        account = self._account(key)
+        if key.monthly_budget is not None:
+            spent = await self._spent(key, account)
+            if spent >= key.monthly_budget:
+                raise QuotaError(
+                    f"You exceeded your current quota: the key {key.shown} has spent ${spent:.2f} of its "
+                    f"${key.monthly_budget:.2f} this month. Ask this server's operator for more."
+                )
+        for what, bucket in (("tokens", account.tokens), ("requests", account.requests)):
+            needed = 1.0 if what == "requests" else 0.0
+            if bucket is not None and (bucket.now() < needed or bucket.level <= 0):
+                wait = bucket.seconds_until(max(needed, 1.0))
+                used = math.ceil(bucket.per_minute - bucket.level)
+                raise RateLimitError(
+                    f"Rate limit reached for {what} per min: Limit {bucket.per_minute}, Used {used}. Please try again "
+                    f"in {wait:.3f}s.",
+                    retry_after=wait,
+                )
+        if account.requests is not None:
+            account.requests.level -= 1
+
+    def headers(self, key: ApiKey | None) -> dict[str, str]:
+        """Return the ``x-ratelimit-*`` headers of a response."""
+        if key is None or key.id not in self._accounts:
+            return {}
+        account = self._accounts[key.id]
+        found: dict[str, str] = {}
+        for what, bucket in (("requests", account.requests), ("tokens", account.tokens)):
+            if bucket is not None:
+                found |= bucket.headers(what)
+        return found
+
+    async def _is_asked(self) -> bool:
+        """Return whether requests need a key: from the first key that exists on, even if all are revoked by now."""
+        if not self._asks and time.monotonic() - self._looked > MEMORY_SECONDS:
+            self._asks = await self._database.run(self._store.count) > 0
+            self._looked = time.monotonic()
+        return self._asks
+
+    async def _find(self, digest: str) -> ApiKey | None:
+        now = time.monotonic()
+        looked, key = self._known.get(digest, (-math.inf, None))
+        if now - looked > MEMORY_SECONDS:
+            key = await self._database.run(self._store.find, digest)
+            self._known[digest] = now, key
+            if len(self._known) > _MEMORY_KEYS:
+                self._known.popitem(last=False)
+        return key
+
+    def _account(self, key: ApiKey) -> _Account:
+        account = self._accounts.get(key.id)
+        if account is None:
+            requests, tokens = (
+                None if limit is None else _Bucket(limit)
+                for limit in (key.requests_per_minute, key.tokens_per_minute)
+            )
+            account = self._accounts[key.id] = _Account(requests, tokens)
+        return account
+
+    async def _spent(self, key: ApiKey, account: _Account) -> float:
+        start = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+        month = int(start.timestamp())
+        if account.spent is None or account.month != month:
+            await self._meter.flush()
+            account.spent = await self._meter.cost_since(key.id, month)
+            account.month = month
+        return account.spent
+
+    def _spend(self, used: Used) -> None:
+        account = self._accounts.get(used.key_id or "")
+        if account is None:
+            return
+        if account.tokens is not None:
+            account.tokens.now()
+            account.tokens.level -= used.input_tokens + used.output_tokens
+        if account.spent is not None:
+            account.spent += price_of(used.model).cost(
+                used.input_tokens, used.cached_tokens, used.output_tokens, is_batch=used.is_batch
+            )
+
+
+def new_key(
+    name: str,
+    *,
+    project: str = "default",
+    scopes: Sequence[str] = DEFAULT_SCOPES,
+    expires_at: int | None = None,
+    requests_per_minute: int | None = None,
+    tokens_per_minute: int | None = None,
+    monthly_budget: float | None = None,
+) -> tuple[str, ApiKey]:
+    """Return a new key, which is not stored anywhere, and what is stored of it.
+
+    Raises:
+        InvalidRequestError: There is no such scope, or none is given.
+    """
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    if unknown or not scopes:
+        raise InvalidRequestError(
+            f"There is no scope {unknown[0]!r}." if unknown else "A key needs a scope.",
+            param="scope",
+        )
+    secret = PREFIX + secrets.token_urlsafe(32)
+    key = ApiKey(
+        id=f"key_{secrets.token_hex(12)}",
+        digest=digest_of(secret),
+        shown=f"{secret[: len(PREFIX) + 3]}...{secret[-4:]}",
+        name=name,
+        project=project,
+        scopes=tuple(scopes),
+        created_at=int(time.time()),
+        expires_at=expires_at,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        monthly_budget=monthly_budget,
+    )
+    return secret, key
+
+
+def digest_of(secret: str) -> str:
+    """Return what is stored of a key. It has 256 random bits, so a fast hash is as good as a slow one."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def scope_of(path: str) -> Scope:
+    """Return the scope that a path needs."""
+    if path.startswith(_ADMIN_PATHS):
+        return "admin"
+    return "files" if path.startswith(_FILE_PATHS) else "inference"
