@@ -190,6 +190,14 @@ class TestUsage:
             (result,) = [one for bucket in page.data for one in bucket.results]
             assert result.object == "organization.usage.completions.result"
 
+    def test_embeddings_are_counted(self, url: str) -> None:
+        with make_client(url) as client:
+            sent = client.embeddings.create(model=MODEL, input=["One", "two"]).usage.prompt_tokens
+        params = {"start_time": int(time.time()) - 60}
+        page = httpx.get(f"{url}/v1/organization/usage/embeddings", params=params).json()
+        results = [one for bucket in page["data"] for one in bucket["results"]]
+        assert sum(one["input_tokens"] for one in results) == sent
+
     def test_batches_are_counted_at_half_price_for_their_key(
         self, url: str, database: Database
     ) -> None:

@@ -11,6 +11,8 @@ from evermini.api.body import read_request
 from evermini.api.errors import JsonResponse
 from evermini.service import wire
 from evermini.service.embeddings import embed, parse_embeddings
+from evermini.service.generation import Usage
+from evermini.service.metrics import RequestTimer
 from evermini.service.runtime import Runtime
 
 router = APIRouter()
@@ -22,4 +24,6 @@ async def create_embeddings(request: Request) -> Response:
     runtime: Runtime = request.app.state.runtime
     wanted = await read_request(request, parse_embeddings)
     found = await sse.unless_disconnected(request, embed(runtime.resolve(wanted.model), wanted))
+    timer = RequestTimer(runtime.metrics, found.model, request.state.arrived)
+    timer.used(Usage(found.prompt_tokens, completion_tokens=0, cached_tokens=0))
     return JsonResponse(wire.embeddings(found, as_base64=wanted.encoding_format == "base64"))
