@@ -125,7 +125,7 @@ class TestLimits:
                 ask(client, max_tokens=1)
 
     def test_tokens_per_minute(self, url: str, database: Database) -> None:
-        secret = add_key(database, tokens_per_minute=40)
+        secret = add_key(database, tokens_per_minute=20)
         with make_client(url, api_key=secret) as client:
             ask(client, max_tokens=30)
             with pytest.raises(openai.RateLimitError, match="tokens per min"):
