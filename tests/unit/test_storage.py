@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
+import pkgutil
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import URL, inspect, make_url, text
 
+from evermini import storage
 from evermini.config import Settings
 from evermini.errors import ConfigError, InvalidRequestError, StorageError
 from evermini.storage import database as database_module
@@ -79,6 +82,8 @@ def response(
 
 class TestDatabase:
     def test_the_tables_are_those_of_the_models(self, database: Database, url: URL) -> None:
+        for module in pkgutil.iter_modules(storage.__path__):  # each has the tables of a domain
+            importlib.import_module(f"{storage.__name__}.{module.name}")
         with database.reading() as session:
             context = MigrationContext.configure(
                 session.connection(), opts={"compare_type": True, "compare_server_default": True}
