@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 
 from evermini.engine.engine import Engine
-from evermini.engine.request import Finished, PromptDone, SamplingParams, TokenOutput
+from evermini.engine.request import BATCH, Finished, PromptDone, SamplingParams, TokenOutput
 from evermini.engine.scheduler import MAX_OVERTAKES, MAX_SCORED_ROWS, PREFIX_PATIENCE
 from evermini.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from tests.fakes import Outcome, TinyModel, drive, greedy_oracle, tiny_config
@@ -456,3 +457,59 @@ def test_logits_that_are_no_numbers_end_that_request_only(changes):
     assert outcomes["bad"].finished.reason == "error"
     assert "not a number" in outcomes["bad"].finished.message
     assert outcomes["fine"].finished == Finished("length")
+
+
+# Priorities
+
+
+def test_who_is_waited_for_goes_before_older_batches():
+    engine = make_engine(max_batch_tokens=64, max_num_seqs=2)
+    for index in range(4):
+        engine.add(f"batch {index}", prompt_of(60, index), greedy(40), priority=BATCH)
+    engine.step()
+    engine.add("asked", prompt_of(20), greedy(40))
+    outcomes = drive(engine)
+    last = {name: outcome.steps[-1] for name, outcome in outcomes.items()}
+    assert min(last, key=lambda name: last[name]) == "asked"
+    assert outcomes["asked"].steps[0] == 0, "a batch gave up its place at once"
+    gaps = {b - a for a, b in itertools.pairwise(outcomes["asked"].steps)}
+    assert gaps == {1}
+
+
+def test_batches_give_up_memory_and_lose_nothing():
+    model = TinyModel()
+    engine = make_engine(model, num_blocks=16)
+    prompts = {f"batch {index}": prompt_of(100, index) for index in range(3)}
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, greedy(30), priority=BATCH)
+    outcomes: dict[str, Outcome] = {}
+    for _ in range(10):
+        for name, event in engine.step():
+            outcomes.setdefault(name, Outcome()).add(event)
+    prompts["asked"] = prompt_of(400, 9)
+    engine.add("asked", prompts["asked"], greedy(5))
+    before = len(model.batches)
+    drive(engine, outcomes)
+    assert engine.stats().preemptions >= 3
+    assert model.batches[before] == [400], "the batches made way, all at once"
+    for name, outcome in outcomes.items():
+        number = 5 if name == "asked" else 30
+        assert outcome.tokens == greedy_oracle(TinyModel(), prompts[name], number), name
+
+
+def test_who_is_waited_for_never_gives_way_to_a_batch():
+    engine = make_engine(num_blocks=6, max_num_seqs=2)
+    engine.add("batch", prompt_of(60, 1), greedy(100), priority=BATCH)
+    engine.add("asked", prompt_of(60, 2), greedy(100))
+    outcomes = drive(engine)
+    assert {b - a for a, b in itertools.pairwise(outcomes["asked"].steps)} == {1}
+    assert engine.stats().preemptions >= 1
+
+
+def test_a_batchs_prompts_leave_steps_short():
+    model = TinyModel()
+    engine = make_engine(model, max_batch_tokens=256)
+    engine.add("a", prompt_of(300, 1), greedy(1), priority=BATCH)
+    engine.add("b", prompt_of(300, 2), greedy(1), priority=BATCH)
+    drive(engine)
+    assert max(sum(batch) for batch in model.batches) == 64

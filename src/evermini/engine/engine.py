@@ -23,6 +23,7 @@ from torch import Tensor
 from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
 from evermini.engine.masks import MaskFiller, MaskTimes, PendingMasks
 from evermini.engine.request import (
+    INTERACTIVE,
     Event,
     Finished,
     FinishReason,
@@ -193,6 +194,7 @@ class Engine:
         params: SamplingParams,
         *,
         cache_salt: bytes = b"",
+        priority: int = INTERACTIVE,
     ) -> None:
         """Let a request wait for the next steps.
 
@@ -201,6 +203,7 @@ class Engine:
             prompt_ids: At least one token.
             params: How to generate.
             cache_salt: Requests with different salts share no KV memory.
+            priority: `INTERACTIVE` or `BATCH`.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -217,6 +220,7 @@ class Engine:
         sequence = Sequence(
             request_id=request_id,
             arrival=self._num_added,
+            priority=priority,
             token_ids=token_ids,
             num_prompt=len(prompt_ids),
             params=params,
@@ -288,7 +292,7 @@ class Engine:
         assert self._blocks.owners == {s.request_id for s in running}, "owners are not the running"
         assert {s.request_id for s in running + waiting} == self._sequences.keys()
         for queue in (running, waiting):
-            assert queue == sorted(queue, key=lambda s: s.arrival), "a queue is out of order"
+            assert queue == sorted(queue, key=lambda s: s.rank), "a queue is out of order"
         assert all(s.is_running for s in running), "a running request believes it waits"
         assert not any(s.is_running or s.num_computed for s in waiting), (
             "a waiting request has blocks"

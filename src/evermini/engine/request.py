@@ -11,6 +11,12 @@ from evermini.engine.constraint import Constraint
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+INTERACTIVE = 0
+"""Priority of requests that somebody waits for."""
+BATCH = 1
+"""Priority of requests that nobody waits for: they take what the others leave."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request's tokens are chosen.

@@ -15,6 +15,10 @@ While requests decode, prompts get only a quarter of the step, for a step's leng
 stream (mini on one core: 128 tokens take 0.25 s, at 85 % of the speed of 512, which take 0.9 s).
 
 A request owns the blocks of all its known tokens from admission on, so prefill never runs out of memory.
+
+"Oldest" and "youngest" go by priority first: every request that somebody waits for is older than every batch's. Batches
+compute at most a quarter of a step's tokens for prompts, for whoever arrives during a step waits for its end; and they
+give up their memory, youngest first, for a request that waits.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from bisect import insort
 from collections import abc
 from dataclasses import dataclass, replace
 
-from evermini.engine.kv import BlockManager
+from evermini.engine.kv import BlockManager, blocks_for
+from evermini.engine.request import INTERACTIVE
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import MAX_DRAFT, NO_DRAFT, Draft, break_even, plan
 from evermini.models.batch import BLOCK_SIZE
@@ -92,7 +97,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Let ``sequence`` wait for admission."""
         sequence.chain.extend(sequence.token_ids)
-        insort(self.waiting, sequence, key=_age)
+        insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget ``sequence``, waiting or running, and free its blocks."""
@@ -106,6 +111,7 @@ class Scheduler:
 
         The caller computes them all, or removes their requests, before the next call.
         """
+        self._make_way()
         chunks = self._schedule_decodes()
         if self._speculation:
             chunks = self._add_drafts(chunks)
@@ -113,6 +119,21 @@ class Scheduler:
         if chunks:
             budget = min(budget, max(BLOCK_SIZE, self._max_batch_tokens // 4))
         return chunks + self._schedule_prompts(budget)
+
+    def _make_way(self) -> None:
+        """Let batches give up memory and places, as far as a request before them waits and needs it."""
+        while (
+            self.waiting
+            and self.running
+            and self.running[-1].priority > self.waiting[0].priority
+            and not self._fits(self.waiting[0])
+        ):
+            self._preempt(self.running[-1])
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Return whether there is a place for ``sequence``, and memory if none of it can be shared."""
+        needed = blocks_for(len(sequence.token_ids)) + len(self.running)
+        return len(self.running) < self._max_num_seqs and needed <= self._blocks.num_free
 
     def _schedule_decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
@@ -150,7 +171,7 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.preempted = True
         sequence.chain.extend(sequence.token_ids)
-        insort(self.waiting, sequence, key=_age)
+        insort(self.waiting, sequence, key=_rank)
         self.num_preemptions += 1
 
     def _dismiss(self, sequence: Sequence) -> None:
@@ -161,7 +182,7 @@ class Scheduler:
     def _schedule_prompts(self, budget: int) -> list[Chunk]:
         by_age = [sequence for sequence in self.running if not sequence.is_decoding]
         if len(self.running) < self._max_num_seqs:
-            by_age = sorted(by_age + self.waiting[:MAX_CANDIDATES], key=_age)
+            by_age = sorted(by_age + self.waiting[:MAX_CANDIDATES], key=_rank)
         untried = iter(by_age)
         oldest = next((sequence for sequence in untried if self._holds_memory(sequence)), None)
         if oldest is None:
@@ -170,9 +191,12 @@ class Scheduler:
         by_size = sorted(untried, key=self._size)
         half = (budget + 1) // 2
         scored_rows = MAX_SCORED_ROWS
+        batch_rows = max(BLOCK_SIZE, self._max_batch_tokens // 4)
         for sequence, limit in [(oldest, half), *((s, budget) for s in by_size), (oldest, budget)]:
             if sequence.is_scoring:
                 limit = min(limit, scored_rows)
+            if sequence.priority > INTERACTIVE:
+                limit = min(limit, batch_rows)
             if min(limit, budget) == 0 or not self._holds_memory(sequence):
                 continue
             granted = grants.get(sequence, 0)
@@ -180,6 +204,7 @@ class Scheduler:
             grants[sequence] = granted + size
             budget -= size
             scored_rows -= size if sequence.is_scoring else 0
+            batch_rows -= size if sequence.priority > INTERACTIVE else 0
         return [
             Chunk(sequence, sequence.num_computed, sequence.num_computed + grants[sequence])
             for sequence in self.running
@@ -188,7 +213,7 @@ class Scheduler:
 
     def _size(self, sequence: Sequence) -> tuple[int, int]:
         """Order of the second half of the budget: requests that already streamed, then fewest tokens first."""
-        if sequence.preempted:
+        if sequence.preempted and sequence.priority == INTERACTIVE:
             return 0, sequence.arrival
         in_memory = sequence.num_computed
         if not sequence.is_running:
@@ -220,7 +245,7 @@ class Scheduler:
         sequence.preempted = False
         sequence.is_running = True
         self.waiting.remove(sequence)
-        insort(self.running, sequence, key=_age)
+        insort(self.running, sequence, key=_rank)
         return True
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
@@ -256,5 +281,5 @@ def _propose(sequence: Sequence, num_rows: int) -> Draft:
     return sequence.drafter.propose(limit, break_even(num_rows, num_rows))
 
 
-def _age(sequence: Sequence) -> int:
-    return sequence.arrival
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -25,6 +25,7 @@ class Sequence:
     Attributes:
         request_id: Also the owner's name in KV memory.
         arrival: Serial number; lower is older.
+        priority: Lower numbers go first, whatever their age.
         token_ids: Prompt and generated tokens.
         num_prompt: Tokens of the prompt.
         params: How to generate.
@@ -52,6 +53,7 @@ class Sequence:
     params: SamplingParams
     sampler: Sampler
     chain: PrefixChain
+    priority: int = 0
     constraint: ConstraintState | None = None
     drafter: Drafter | None = None
     is_running: bool = False
@@ -65,6 +67,11 @@ class Sequence:
     num_overtaken: int = 0
     patience: int = 0
     awaited: int = -1
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Order of all queues: by priority, then by age."""
+        return self.priority, self.arrival
 
     @property
     def num_remaining(self) -> int:

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Self
 
 from evermini.engine.engine import Engine, EngineStats, overloaded
-from evermini.engine.request import Event, Finished, SamplingParams
+from evermini.engine.request import INTERACTIVE, Event, Finished, SamplingParams
 from evermini.errors import EngineStoppedError
 
 log = logging.getLogger(__name__)
@@ -201,6 +201,7 @@ class EngineWorker:
         request_id: str | None = None,
         *,
         cache_salt: bytes = b"",
+        priority: int = INTERACTIVE,
     ) -> Submission:
         """Hand a request to the engine. Never waits.
 
@@ -209,6 +210,7 @@ class EngineWorker:
             params: How to generate.
             request_id: Not the id of an unfinished request; ``None``: a random one.
             cache_salt: Requests with different salts share no KV memory.
+            priority: `INTERACTIVE` or `BATCH`.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -229,7 +231,14 @@ class EngineWorker:
             submission = Submission(request_id, self._abort)
             self._submissions[request_id] = submission
             self._send(
-                partial(self._engine.add, request_id, token_ids, params, cache_salt=cache_salt)
+                partial(
+                    self._engine.add,
+                    request_id,
+                    token_ids,
+                    params,
+                    cache_salt=cache_salt,
+                    priority=priority,
+                )
             )
         return submission
 

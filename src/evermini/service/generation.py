@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from evermini.engine.request import (
+    BATCH,
+    INTERACTIVE,
     Finished,
     PromptDone,
     SamplingParams,
@@ -21,6 +23,7 @@ from evermini.engine.request import (
 )
 from evermini.engine.worker import EngineWorker, Submission
 from evermini.errors import EngineError, EngineStoppedError, OverloadedError
+from evermini.service.caller import current_caller
 from evermini.service.decode import ChoiceDecoder, Piece, ScoredToken
 from evermini.service.metrics import RequestTimer
 from evermini.text.tokenizer import Tokenizer
@@ -182,7 +185,8 @@ class Generation:
 
     def _submit(self, candidate: Candidate) -> Submission:
         prompt = self.prompts[candidate.prompt]
-        submission = self._worker.submit(prompt, candidate.params)
+        priority = BATCH if current_caller.get().is_batch else INTERACTIVE
+        submission = self._worker.submit(prompt, candidate.params, priority=priority)
         self._submissions[candidate.index] = submission
         return submission
 
