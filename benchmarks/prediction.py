@@ -3,24 +3,23 @@
     python benchmarks/prediction.py                 # mini, 3 rounds
     python benchmarks/prediction.py --model nano --rounds 1
 
-One method of the file is to be renamed, and the whole file written again. The model's own answer is not what is
-measured (a small model may make more of it than asked for): the expected file is forced, token by token, by a grammar
-that allows nothing else, so every way writes the same tokens. Compared in each round, one after the other: neither
-prediction nor lookup; lookup alone; a prediction (the file before the edit). Then the cost of looking for repeats where
-there are few: prose, sampled. Ratios above 1 mean faster than plain decoding.
+One name in the file is to be changed, and the whole file written again. Compared in each round, one after the other:
+neither prediction nor lookup; lookup alone; a prediction (the file before the edit). All write the same tokens, which
+is checked. Then the cost of looking for repeats where there are few: prose, sampled. Ratios above 1 mean faster than
+plain decoding.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from evermini.config import default_home
 from evermini.engine.engine import Engine
@@ -31,52 +30,17 @@ from evermini.models.load import load_model
 from evermini.text.chat import ChatTemplate
 from evermini.text.tokenizer import Tokenizer
 
-LINES = 300
 SOURCE = Path(__file__).parent.parent / "src/evermini/engine/engine.py"
 OLD, NEW = "_report_prompt", "_announce_prompt"
 TASK = f"Rename the method {OLD} to {NEW}. Answer with the whole file and nothing else.\n\n"
 PROSE = "Write a long story about a lighthouse keeper and a brass key."
 
 
-class Forced:
-    """A grammar with one sentence. Unlike a prediction, it saves nothing: it only fixes the output."""
-
-    def __init__(self, token_ids: Sequence[int]) -> None:
-        self._token_ids, self._at = token_ids, 0
-
-    def start(self) -> Forced:
-        """Return the beginning."""
-        return Forced(self._token_ids)
-
-    def fill_mask(self, row: Tensor) -> None:
-        """Allow the next token."""
-        row.zero_()
-        word, bit = divmod(self._token_ids[self._at], 32)
-        row[word] = (1 << bit) if bit < 31 else -(1 << 31)
-
-    def advance(self, token_id: int) -> None:
-        """Go on to the next token."""
-        self._at += 1
-
-    def num_valid(self, token_ids: Sequence[int]) -> int:
-        """All: a real model's grammar would not know better, and wrong guesses must cost what they cost."""
-        return len(token_ids)
-
-    def forced(self) -> Sequence[int]:
-        """None, or the grammar itself would draft."""
-        return ()
-
-    @property
-    def is_done(self) -> bool:
-        """All is written."""
-        return self._at == len(self._token_ids)
-
-
 @dataclass
 class Sample:
     """Tokens written, decode steps they took, and seconds."""
 
-    tokens: int
+    tokens: list[int]
     steps: int
     seconds: float
     drafted: int
@@ -86,14 +50,14 @@ class Sample:
 def measure(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Sample:
     """Run one request; time and steps count from the end of its prompt."""
     engine.add("only", prompt, params)
-    tokens = 0
+    tokens: list[int] = []
     started = before = None
     while engine.has_work:
         for _, event in engine.step():
             if isinstance(event, PromptDone):
                 started, before = time.perf_counter(), engine.stats()
             elif not isinstance(event, Finished):
-                tokens += 1
+                tokens.append(event.token_id)
     assert started is not None
     assert before is not None
     seconds, after = time.perf_counter() - started, engine.stats()
@@ -112,6 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="mini")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lines", type=int, default=300, help="of the file, from its end")
     parser.add_argument("--prose-tokens", type=int, default=300)
     options = parser.parse_args()
     home = default_home()
@@ -125,15 +90,14 @@ def main() -> None:
             model, num_blocks=400, max_batch_tokens=512, max_num_seqs=8, max_waiting=8, speculation=speculation
         )  # fmt: skip
 
-    file = "\n".join(SOURCE.read_text().splitlines()[-LINES:])
-    edited = file.replace(OLD, NEW)
-    assert edited != file
+    file = "\n".join(SOURCE.read_text().splitlines()[-options.lines :])
     prompt = template.encode_chat([{"role": "user", "content": TASK + file}])
-    wanted, before = tokenizer.encode(edited), tuple(tokenizer.encode(file))
-    params = SamplingParams(max_tokens=len(wanted), temperature=0.0, constraint=Forced(wanted))
-    predicted = SamplingParams(
-        max_tokens=len(wanted), temperature=0.0, constraint=Forced(wanted), prediction=before
+    assert OLD in file
+    before = tuple(tokenizer.encode(file))
+    params = SamplingParams(
+        max_tokens=len(before) + 64, temperature=0.0, stop_token_ids=tokenizer.eos_ids
     )
+    predicted = replace(params, prediction=before)
     story = template.encode_chat([{"role": "user", "content": PROSE}])
     prose = SamplingParams(max_tokens=options.prose_tokens, seed=1)
 
@@ -151,8 +115,11 @@ def main() -> None:
     for _ in range(options.rounds):
         for way, run in ways.items():
             samples[way].append(run())
+            plainly = samples[f"{way.partition(',')[0]}, plain"][-1]
+            assert samples[way][-1].tokens == plainly.tokens, f"{way}: other tokens than plain"
+            print(f"{way}: {samples[way][-1].seconds:.2f} s", file=sys.stderr, flush=True)
     print(
-        f"{options.model}, {LINES} lines, {torch.get_num_threads()} threads, medians of {options.rounds}\n"
+        f"{options.model}, {options.lines} lines, {torch.get_num_threads()} threads, medians of {options.rounds}\n"
     )
     print("| | tokens | steps | seconds | guessed | right | times faster |")
     print("|---|---|---|---|---|---|---|")
@@ -161,9 +128,8 @@ def main() -> None:
         ratio = statistics.median(b.seconds / s.seconds for b, s in zip(base, found, strict=True))
         one = found[0]
         seconds = statistics.median(s.seconds for s in found)
-        print(
-            f"| {way} | {one.tokens} | {one.steps} | {seconds:.2f} | {one.drafted} | {one.accepted} | {ratio:.2f} |"
-        )
+        cells = (way, len(one.tokens), one.steps, f"{seconds:.2f}", one.drafted, one.accepted)
+        print(f"| {' | '.join(map(str, cells))} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
