@@ -542,8 +542,8 @@ class TestErrors:
         assert caught.value.param == "reasoning_effort"
 
     def test_unknown_route(self, client: openai.OpenAI) -> None:
-        with pytest.raises(openai.NotFoundError, match=r"Invalid URL \(POST /v1/embeddings\)"):
-            client.embeddings.create(model=MODEL, input="x")
+        with pytest.raises(openai.NotFoundError, match=r"Invalid URL \(POST /v1/images"):
+            client.images.generate(prompt="x")
 
     def test_moderation_is_refused(self, client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError, match="does not moderate") as caught:
