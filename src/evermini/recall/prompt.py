@@ -17,14 +17,9 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from evermini.recall.definitions import DEFINITION
 from evermini.recall.segment import Segment
 
-_DEFINITION = re.compile(
-    r"^[ \t]*(?:(?:export|default|pub|public|private|protected|static|abstract|final|async|unsafe|inline)[ \t]+)*"
-    r"(class|def|function|fn|func|struct|interface|enum|trait|impl)[ \t]+(\w+)"
-    r"(?=[ \t]*(?:[(:{<\[;=]|$)|[ \t]+(?:extends|implements|for|struct|interface)\b)",
-    re.MULTILINE,
-)
 _END = "\n[End of the excerpts]\n\n"
 _REACH = 160
 """Characters by which an excerpt grows, at either end, to begin and end with a line or sentence."""
@@ -154,7 +149,7 @@ def _definitions(segment: Segment, start: int, end: int, names: Collection[str])
     """Say on which lines of a range the named classes and functions are defined."""
     places = [
         f"{match[1]} {match[2]} is on line {segment.line_of(match.start(1))}"
-        for match in _DEFINITION.finditer(segment.text, start, end)
+        for match in DEFINITION.finditer(segment.text, start, end)
         if match[2] in names
     ]
     return f": {', '.join(places)}" if places else ""

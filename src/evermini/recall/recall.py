@@ -25,6 +25,7 @@ from torch import Tensor
 
 from evermini.models.batch import IndexModel
 from evermini.recall.calibration import Calibration
+from evermini.recall.definitions import find_definitions
 from evermini.recall.prompt import Span
 from evermini.recall.segment import Segment, TextTokenizer, tokenize
 from evermini.recall.select import (
@@ -295,7 +296,8 @@ class Recall:
         asked = self._ask(segments, opened, question, policy)
         if asked is None:
             return Selection((), 0, num_context_tokens, 0, 0.0, 0.0, 0.0, 0.0)
-        spans = to_spans(asked.scan, take(asked.scan, asked.ranking, policy))
+        defined = find_definitions(segments, Segment(question).text)
+        spans = to_spans(asked.scan, take(asked.scan, asked.ranking, policy, defined))
         return Selection(
             spans=tuple(self._place(segments, opened, span) for span in spans),
             num_tokens=sum(span.end - span.start for span in spans),

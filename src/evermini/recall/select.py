@@ -5,7 +5,8 @@ score   per retrieval head: softmax of the question's queries over *all* keys, p
         best block's. To that, BM25 of the question's words; each divided by its best.
 follow  the best passage's rarest words that stand elsewhere, too, by BM25: the second fact of a chain shares a name
         with the first, not with the question
-take    best passages first, until the scores fall off or the budget is spent
+take    definitions of what the question names, if it names any (`evermini.recall.definitions`); then best passages
+        first, until the scores fall off or the budget is spent
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evermini.recall.calibration import Calibration
+from evermini.recall.definitions import Definition
 from evermini.recall.scan import BLOCK, KeyRun, block_mass
 from evermini.recall.segment import Ids
 from evermini.recall.store import IndexedSegment
@@ -193,6 +195,14 @@ class ContextScan:
         begin, past = np.searchsorted(self.segments[segment].blocks, [start, end]).tolist()
         return range(first + begin, first + past)
 
+    def char_blocks(self, segment: int, start: int, end: int) -> range:
+        """Return the blocks that a range of a segment's characters lies in."""
+        own = self.segments[segment]
+        tokens = np.searchsorted(own.char_starts, [start, end - 1], side="right") - 1
+        begin, last = (np.searchsorted(own.blocks, tokens, side="right") - 1).tolist()
+        first = self.first_blocks[segment]
+        return range(first + begin, first + last + 1)
+
     def segment_blocks(self, segment: int) -> range:
         """Return a segment's blocks."""
         return range(self.first_blocks[segment], self.first_blocks[segment + 1])
@@ -242,18 +252,24 @@ def spread(scores: Tensor) -> float:
     return entropy / math.log(len(scores))
 
 
-def take(scan: ContextScan, ranking: Ranking, policy: Policy) -> dict[int, tuple[float, int]]:
+def take(
+    scan: ContextScan, ranking: Ranking, policy: Policy, defined: Sequence[Definition] = ()
+) -> dict[int, tuple[float, int]]:
     """Return the blocks to read, each with its passage's score and round (2: found by following).
 
     A passage is taken as a whole; if its best block is at its edge, with the block beyond. Of one that exceeds what is
-    left of the budget, the part around its best block.
+    left of the budget, the part around its best block. Definitions come before all passages, with a score above the
+    best one's, and have half of the budget at most.
     """
-    taken: dict[int, tuple[float, int]] = {}
     scores = ranking.total
+    taken = _take_defined(scan, defined, float(scores.max()), policy.max_tokens // 2)
     order = torch.topk(scores, min(scan.num_passages, 4096)).indices.tolist()
     floor = max(0.0, float(scores[order[0]]) * policy.falloff)
     direct_floor = max(0.0, float(ranking.direct.max()) * policy.falloff)
     budget = policy.max_tokens
+    for block in taken:
+        _, start, end = scan.block_place(block)
+        budget -= end - start
     for number, passage in enumerate(order):
         score = float(scores[passage])
         if budget <= 0 or (number >= policy.min_passages and score <= floor):
@@ -273,6 +289,23 @@ def take(scan: ContextScan, ranking: Ranking, policy: Policy) -> dict[int, tuple
                 break
             budget -= end - start
             taken[block] = score, 2 if followed else 1
+    return taken
+
+
+def _take_defined(
+    scan: ContextScan, defined: Sequence[Definition], peak: float, budget: int
+) -> dict[int, tuple[float, int]]:
+    taken: dict[int, tuple[float, int]] = {}
+    for number, place in enumerate(defined):
+        score = peak + 1 / (1 + number)
+        for block in scan.char_blocks(place.segment, place.start, place.end):
+            _, start, end = scan.block_place(block)
+            if block in taken:
+                continue
+            if end - start > budget:
+                break
+            budget -= end - start
+            taken[block] = score, 1
     return taken
 
 
