@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evermini.errors import InvalidRequestError
+from evermini.service.calling import MAX_PLAIN_TOOLS
 from evermini.text.chat import ChatTemplate
 from evermini.text.grammar import GrammarCompiler
 from evermini.text.tokenizer import Tokenizer
@@ -194,7 +196,7 @@ def test_whatever_the_mask_allows_is_a_valid_call(
     """Draw allowed tokens at random, as a model without any sense would."""
     syntax = SYNTAXES[family]
     tools = (WEATHER, NOW, CODE, SQL)
-    grammar = compiler.lark(tool_grammar(syntax, Rules(tools, "required", parallel)))
+    grammar = compiler.tools(tool_grammar(syntax, Rules(tools, "required", parallel)))
     checks = {
         "code": lambda text: len(text) >= 3 and text[-2] == "/",
         "sql": lambda text: text.startswith("SELECT {") and text.endswith("}"),
@@ -230,6 +232,19 @@ def walk(state: Any, tokenizer: Tokenizer, rng: random.Random) -> str:
     else:
         assert state.is_done, "went on and on"
     return tokenizer.decode(ids)
+
+
+def test_a_dozen_tools_and_more_compile(compiler: GrammarCompiler) -> None:
+    parameters = {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+    for count in (8, MAX_PLAIN_TOOLS):
+        tools = tuple(
+            ToolSpec(f"weather_{n}_report_of_the_{n * 7919}", parameters=parameters)
+            for n in range(count)
+        )
+        compiler.tools(tool_grammar(HERMES, Rules(tools, "auto"))).start()
+    marked_only = replace(HERMES, takes_plain=False)
+    many = tuple(ToolSpec(f"tool_{n}", parameters=parameters) for n in range(128))
+    compiler.tools(tool_grammar(marked_only, Rules(many, "auto"))).start()
 
 
 def test_a_schema_that_cannot_be_enforced_names_the_function() -> None:
@@ -288,6 +303,24 @@ class TestFormats:
         assert "free text" not in written[0]["content"] or NOTE.name in written[0]["content"]
         assert parse(GENERIC, [written[2]["content"]]) == ("", [("now", "{}"), ("note", "x\ny")])
         assert written[3]["content"] == "Result of now:\n12:00\n\nResult of note:\nok"
+
+    def test_several_calls_are_asked_for_with_the_names_of_functions(self) -> None:
+        form = choose_format("{% if tools %}<tool_call>{% endif %}", True)
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+        asked, _ = form.prepare(messages, [NOTE, WEATHER, NOW], several=True)
+        assert [m["role"] for m in asked] == ["system", "user"]
+        told = asked[0]["content"]
+        assert told.startswith("Be kind.\n\n")
+        example = '[{"name": "get_weather", "arguments": {...}}, {"name": "now", "arguments": {...}}, ...]'
+        assert example in told
+        assert asked[1] == messages[1]
+        assert form.prepare(messages, [NOTE, WEATHER])[0] == messages
+        assert form.prepare(messages, [NOTE], several=True)[0] == messages
+        assert form.prepare(messages, [], several=True)[0] == messages
+        alone, _ = form.prepare(messages[1:], [NOW], several=True)
+        assert [m["role"] for m in alone] == ["system", "user"]
+        llama = choose_format('{{ tools }} ipython "parameters": ', True)
+        assert llama.prepare(messages, [NOW], several=True)[0] == messages
 
     def test_one_call_at_a_time(self) -> None:
         form = choose_format('{{ tools }} ipython "parameters": ', True)

@@ -16,10 +16,20 @@ from evermini.text.tools.grammar import Rules, tool_grammar
 from evermini.text.tools.parser import CallParser
 from evermini.text.tools.syntax import Syntax, ToolSpec
 
+MAX_PLAIN_TOOLS = 16
+"""Tools among which calls without marks are looked for: each has a lexeme that knows all the names, so the grammar's
+compilation takes time with their square (half a second for 16)."""
+
 
 def tools_shown(toolset: Toolset) -> list[ToolSpec]:
     """Return the tools that the model is told of: with ``tool_choice`` none, it need not know any."""
     return [] if toolset.mode == "none" else specs(toolset.tools, toolset)
+
+
+def may_list(request: ChatRequest, form: ToolFormat) -> bool:
+    """Return whether the grammar lets the model write several calls as a JSON list."""
+    toolset = request.toolset
+    return toolset.mode == "auto" and toolset.parallel and _syntax(request, form).takes_plain
 
 
 def specs(tools: Sequence[Tool], toolset: Toolset) -> list[ToolSpec]:
@@ -37,8 +47,8 @@ def new_parser(request: ChatRequest, form: ToolFormat) -> partial[CallParser] | 
 
 
 def _syntax(request: ChatRequest, form: ToolFormat) -> Syntax:
-    """Return how calls are written: where answers are JSON, with marks alone."""
-    if request.answer_schema is None:
+    """Return how calls are written: where answers are JSON, or tools are many, with marks alone."""
+    if request.answer_schema is None and len(request.toolset.callable) <= MAX_PLAIN_TOOLS:
         return form.syntax
     return replace(form.syntax, takes_plain=False)
 
@@ -70,7 +80,7 @@ def compile_tools(request: ChatRequest, form: ToolFormat, compiler: GrammarCompi
         request.answer_schema,
         form.syntax.tag is not None and compiler.is_special(form.syntax.tag),
     )
-    return compiler.lark(tool_grammar(_syntax(request, form), rules))
+    return compiler.tools(tool_grammar(_syntax(request, form), rules))
 
 
 def _spec(tool: Tool, number: int, is_legacy: bool) -> ToolSpec:
