@@ -117,7 +117,7 @@ def test_definitions_are_read_although_uses_rank_higher(tmp_path, monkeypatch):
     best = max(selection.spans, key=lambda span: span.score)
     assert best.name == "lib/asyncio/queues.py"
     shown = excerpts(context, selection.spans, len, 10_000, question).text
-    assert "class Queue is on line 4" in shown
+    assert "class Queue is defined in lib/asyncio/queues.py on line 4" in shown
     assert "return len(self.items)" in shown
 
     monkeypatch.setattr(recall_module, "find_definitions", lambda *_: [])

@@ -232,7 +232,8 @@ def test_definitions_that_the_question_names_are_on_their_lines():
     span = Span(0, "queue.py", (0, 9), (0, len(text)), (1, 8), 1.0, 1)
     question = "Where is the class Queue defined, and what does size of it return?"
     shown = excerpts([segment], [span], len, 10_000, question).text
-    assert "[queue.py, lines 1-8 of 9: class Queue is on line 4, def size is on line 5]\n" in shown
+    assert "[queue.py, lines 1-8 of 9: class Queue is defined in queue.py on line 4, " in shown
+    assert ", def size is defined in queue.py on line 5]\n" in shown
     assert ": class" not in excerpts([segment], [span], len, 10_000).text
 
 

@@ -5,7 +5,7 @@
     [left out: lines 25-310]
 
 In code, definitions of what the question names are pointed out, since a small model cannot count lines:
-[queue.py, lines 10-50 of 310: class Queue is on line 21]
+[queue.py, lines 10-50 of 310: class Queue is defined in queue.py on line 21]
 
 Nothing is left out in silence: the marks say what is missing, and `Excerpts.left_out` lists spans that were chosen and
 did not fit.
@@ -147,8 +147,9 @@ def _write(
 
 def _definitions(segment: Segment, start: int, end: int, names: Collection[str]) -> str:
     """Say on which lines of a range the named classes and functions are defined."""
+    where = f"in {segment.name} " if segment.name else ""
     places = [
-        f"{match[1]} {match[2]} is on line {segment.line_of(match.start(1))}"
+        f"{match[1]} {match[2]} is defined {where}on line {segment.line_of(match.start(1))}"
         for match in DEFINITION.finditer(segment.text, start, end)
         if match[2] in names
     ]
