@@ -304,24 +304,6 @@ class TestFormats:
         assert parse(GENERIC, [written[2]["content"]]) == ("", [("now", "{}"), ("note", "x\ny")])
         assert written[3]["content"] == "Result of now:\n12:00\n\nResult of note:\nok"
 
-    def test_several_calls_are_asked_for_with_the_names_of_functions(self) -> None:
-        form = choose_format("{% if tools %}<tool_call>{% endif %}", True)
-        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
-        asked, _ = form.prepare(messages, [NOTE, WEATHER, NOW], several=True)
-        assert [m["role"] for m in asked] == ["system", "user"]
-        told = asked[0]["content"]
-        assert told.startswith("Be kind.\n\n")
-        example = '[{"name": "get_weather", "arguments": {...}}, {"name": "now", "arguments": {...}}, ...]'
-        assert example in told
-        assert asked[1] == messages[1]
-        assert form.prepare(messages, [NOTE, WEATHER])[0] == messages
-        assert form.prepare(messages, [NOTE], several=True)[0] == messages
-        assert form.prepare(messages, [], several=True)[0] == messages
-        alone, _ = form.prepare(messages[1:], [NOW], several=True)
-        assert [m["role"] for m in alone] == ["system", "user"]
-        llama = choose_format('{{ tools }} ipython "parameters": ', True)
-        assert llama.prepare(messages, [NOW], several=True)[0] == messages
-
     def test_one_call_at_a_time(self) -> None:
         form = choose_format('{{ tools }} ipython "parameters": ', True)
         calls = [

@@ -26,12 +26,6 @@ def tools_shown(toolset: Toolset) -> list[ToolSpec]:
     return [] if toolset.mode == "none" else specs(toolset.tools, toolset)
 
 
-def may_list(request: ChatRequest, form: ToolFormat) -> bool:
-    """Return whether the grammar lets the model write several calls as a JSON list."""
-    toolset = request.toolset
-    return toolset.mode == "auto" and toolset.parallel and _syntax(request, form).takes_plain
-
-
 def specs(tools: Sequence[Tool], toolset: Toolset) -> list[ToolSpec]:
     """Return ``tools``, some of the toolset's, as the text layer knows them."""
     numbers = {tool.name: number for number, tool in enumerate(toolset.tools)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evermini.service.calling import may_list, tools_shown
+from evermini.service.calling import tools_shown
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
 from evermini.text.chat import Message as TemplateMessage
@@ -29,10 +29,7 @@ def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -
     toolset = request.toolset
     if not toolset.tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
         return template.encode_chat(messages)
-    form = template.tool_format
-    messages, tools = form.prepare(
-        _with_tool_names(messages), tools_shown(toolset), several=may_list(request, form)
-    )
+    messages, tools = template.tool_format.prepare(_with_tool_names(messages), tools_shown(toolset))
     return template.encode_chat(messages, tools)
 
 
