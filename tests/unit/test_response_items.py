@@ -190,7 +190,7 @@ class TestTranslation:
         }
         request = parse_response(body)
         chat = chat_request(request, parse_items(request.input, "input"))
-        toolset = chat.toolset()
+        toolset = chat.toolset
         assert [tool.name for tool in toolset.tools] == ["f", "c"]
         assert [tool.name for tool in toolset.callable] == ["f"]
         assert (toolset.mode, toolset.parallel) == ("required", False)
