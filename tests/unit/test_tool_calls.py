@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evermini.errors import InvalidRequestError
-from evermini.service.calling import MAX_PLAIN_TOOLS
 from evermini.text.chat import ChatTemplate
 from evermini.text.grammar import GrammarCompiler
 from evermini.text.tokenizer import Tokenizer
@@ -196,7 +194,7 @@ def test_whatever_the_mask_allows_is_a_valid_call(
     """Draw allowed tokens at random, as a model without any sense would."""
     syntax = SYNTAXES[family]
     tools = (WEATHER, NOW, CODE, SQL)
-    grammar = compiler.tools(tool_grammar(syntax, Rules(tools, "required", parallel)))
+    grammar = compiler.lark(tool_grammar(syntax, Rules(tools, "required", parallel)))
     checks = {
         "code": lambda text: len(text) >= 3 and text[-2] == "/",
         "sql": lambda text: text.startswith("SELECT {") and text.endswith("}"),
@@ -234,17 +232,28 @@ def walk(state: Any, tokenizer: Tokenizer, rng: random.Random) -> str:
     return tokenizer.decode(ids)
 
 
-def test_a_dozen_tools_and_more_compile(compiler: GrammarCompiler) -> None:
+@pytest.mark.parametrize("count", [8, 32, 128])
+def test_many_tools_are_told_apart_to_the_end(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, count: int
+) -> None:
+    """The lexer has limits in compiling and in use."""
     parameters = {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
-    for count in (8, MAX_PLAIN_TOOLS):
-        tools = tuple(
-            ToolSpec(f"weather_{n}_report_of_the_{n * 7919}", parameters=parameters)
-            for n in range(count)
-        )
-        compiler.tools(tool_grammar(HERMES, Rules(tools, "auto"))).start()
-    marked_only = replace(HERMES, takes_plain=False)
-    many = tuple(ToolSpec(f"tool_{n}", parameters=parameters) for n in range(128))
-    compiler.tools(tool_grammar(marked_only, Rules(many, "auto"))).start()
+    tools = tuple(
+        ToolSpec(f"weather_{n}_report_of_the_{n * 7919}_cities", parameters=parameters)
+        for n in range(count)
+    )
+    lark = tool_grammar(HERMES, Rules(tools, "auto"))
+    first, last = (call(tool.name, '{"city": "x"}') for tool in (tools[0], tools[-1]))
+    for text in (
+        f"```json\n[{first}, {last}]\n```",
+        f"```json\n{last}\n```\n```json\n{first}\n```",
+        marked(last, first),
+        'Say {"name": "Bob"} and {"name": "weather_0"}.',
+    ):
+        assert accepts(compiler, tokenizer, lark, text)
+    made_up = last.replace("city", "town")
+    assert not accepts(compiler, tokenizer, lark, f"```json\n[{first}, {made_up}]\n```")
+    assert not accepts(compiler, tokenizer, lark, f'Say {{"name": "Bob"}}: {made_up}')
 
 
 def test_a_schema_that_cannot_be_enforced_names_the_function() -> None:

@@ -16,10 +16,6 @@ from evermini.text.tools.grammar import Rules, tool_grammar
 from evermini.text.tools.parser import CallParser
 from evermini.text.tools.syntax import Syntax, ToolSpec
 
-MAX_PLAIN_TOOLS = 16
-"""Tools among which calls without marks are looked for: each has a lexeme that knows all the names, so the grammar's
-compilation takes time with their square (half a second for 16)."""
-
 
 def tools_shown(toolset: Toolset) -> list[ToolSpec]:
     """Return the tools that the model is told of: with ``tool_choice`` none, it need not know any."""
@@ -41,8 +37,8 @@ def new_parser(request: ChatRequest, form: ToolFormat) -> partial[CallParser] | 
 
 
 def _syntax(request: ChatRequest, form: ToolFormat) -> Syntax:
-    """Return how calls are written: where answers are JSON, or tools are many, with marks alone."""
-    if request.answer_schema is None and len(request.toolset.callable) <= MAX_PLAIN_TOOLS:
+    """Return how calls are written: where answers are JSON, with marks alone."""
+    if request.answer_schema is None:
         return form.syntax
     return replace(form.syntax, takes_plain=False)
 
@@ -74,7 +70,7 @@ def compile_tools(request: ChatRequest, form: ToolFormat, compiler: GrammarCompi
         request.answer_schema,
         form.syntax.tag is not None and compiler.is_special(form.syntax.tag),
     )
-    return compiler.tools(tool_grammar(_syntax(request, form), rules))
+    return compiler.lark(tool_grammar(_syntax(request, form), rules))
 
 
 def _spec(tool: Tool, number: int, is_legacy: bool) -> ToolSpec:

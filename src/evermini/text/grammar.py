@@ -47,8 +47,6 @@ _COMPLEMENT_OPTIONS = (64, 8, 1)
 """How many alternatives a complement may have, tried in turn."""
 
 _LIMITS = LLParserLimits(verbose_errors=False)
-_TOOL_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=60_000_000)
-"""Lexemes of many tools take more to compile than anyone's own grammar may: two seconds or so at most."""
 
 
 class GrammarState:
@@ -148,15 +146,6 @@ class GrammarCompiler:
         compile_it = partial(self._compile, LLMatcher.grammar_from_lark(text))
         return self._cached(f"lark {text}", compile_it)
 
-    def tools(self, text: str) -> Grammar:
-        """Return the grammar of answers with tool calls, in Lark; it may be larger than a caller's own.
-
-        Raises:
-            InvalidRequestError: The grammar is wrong or too complex.
-        """
-        compile_it = partial(self._compile, LLMatcher.grammar_from_lark(text), _TOOL_LIMITS)
-        return self._cached(f"tools {text}", compile_it)
-
     def regex(self, pattern: str) -> Grammar:
         """Return the grammar of all texts that match ``pattern`` from end to end.
 
@@ -193,11 +182,11 @@ class GrammarCompiler:
                     break
         raise SchemaError((), f"the schema cannot be enforced: {problem}.")
 
-    def _compile(self, source: str, limits: LLParserLimits = _LIMITS) -> Grammar:
+    def _compile(self, source: str) -> Grammar:
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = _vocabulary_of(self._tokenizer)
-        matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=limits)
+        matcher = LLMatcher(self._vocabulary, source, log_level=0, limits=_LIMITS)
         grammar = Grammar(matcher)
         if not matcher.is_error():
             # Some grammars break the limits at their very first step: better now than in the answer.

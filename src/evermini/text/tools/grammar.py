@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from evermini.text.schema import SchemaError, enforceable
-from evermini.text.tools.plain import BETWEEN, CLOSE, END, head
+from evermini.text.tools.plain import BETWEEN, BLANK, CLOSE, END, head
 from evermini.text.tools.syntax import Syntax, ToolSpec
 
 MAX_PARALLEL_CALLS = 32
@@ -67,13 +67,15 @@ def _text_rules(syntax: Syntax, rules: Rules) -> list[str]:
     if not syntax.has_opener:
         # An answer that begins with a brace is a call.
         return [f"start: TEXT?{calls}", r"TEXT: /\s*[^\s{](?s:.)*/"]
-    opener, begins = _escaped(syntax.opener.strip()), _beginning(syntax, rules)
+    opener, plain = _escaped(syntax.opener.strip()), ""
+    begins = opener
+    if _takes_plain(syntax, rules):
+        begins, plain = f"({opener}|{_OBJECT})", " | plain"
     lines = [f"TEXT: /(?s:.)*/ & ~/(?s:.)*{begins}(?s:.)*/"]
     if rules.mode == "none":
         return ["start: TEXT", *lines]
     # The first opener ends the text, and nothing but a call follows.
     before = f"BEFORE: /(?s:.)*{opener}/ & ~/(?s:.)*{begins}(?s:.)+/"
-    plain = " | plain" if _takes_plain(syntax, rules) else ""
     return [f"start: TEXT | BEFORE call_rest{plain}", *lines, before]
 
 
@@ -82,35 +84,40 @@ def _takes_plain(syntax: Syntax, rules: Rules) -> bool:
     return wanted and any(tool.kind == "function" for tool in rules.tools)
 
 
-def _beginning(syntax: Syntax, rules: Rules) -> str:
-    """Return the pattern of all that ends an answer's text."""
-    opener = _escaped(syntax.opener.strip())
-    if not _takes_plain(syntax, rules):
-        return opener
-    names = "|".join(tool.name for tool in rules.tools if tool.kind == "function")
-    return f"({opener}|{_slashed(head(f'({names})', syntax.key))})"
+_OBJECT = rf'\{{{BLANK}"name":{BLANK}"'
+"""What calls without marks begin with, and other JSON."""
 
 
 def _plain_rules(syntax: Syntax, rules: Rules) -> list[str]:
-    """Return ``plain``: text, then calls without marks."""
-    begins = _beginning(syntax, rules)
-    most = _most_calls(syntax, rules)
-    firsts, others, lines = [], [], []
-    for number, tool in enumerate(rules.tools):
-        if tool.kind != "function":
-            continue
-        own = _slashed(head(tool.name, syntax.key))
-        # The head may end in a blank or not, so what must not go before is a head that goes on.
-        lines.append(
-            f"FIRST_{number}: /(?s:.)*{own}/ & ~/(?s:.)*{begins}[^ ](?s:.)*/ & ~/(?s:.)*{begins} (?s:.)+/"
-        )
-        firsts.append(f"FIRST_{number} args_{number} CLOSE")
-        if most > 1:
-            lines.append(f"NEXT_{number}: /{BETWEEN}{own}/")
-            others.append(f"NEXT_{number} args_{number} CLOSE")
-    more = f"({' | '.join(others)}){{0,{most - 1}}} " if others else ""
-    start = f"plain: ({' | '.join(firsts)}) {more}END?"
-    return [start, *lines, f"CLOSE: /{CLOSE}/", f"END: /{END}/"]
+    """Return ``plain``: text up to the first object with a name, then calls without marks, or text without any.
+
+    The text is one lexeme, whatever is called: with one for each tool, the lexer grows with the square of their number.
+    """
+    opener, most = _escaped(syntax.opener.strip()), _most_calls(syntax, rules)
+    functions = [(n, tool) for n, tool in enumerate(rules.tools) if tool.kind == "function"]
+    names = "|".join(tool.name for _, tool in functions)
+    # A head with any name: with all the tools' in here, too, the lexer would outgrow its limits.
+    further = f"({opener}|{head('[a-zA-Z0-9_-]*', syntax.key)})"
+    rest = rf'({names})",{BLANK}"{syntax.key}": ?'
+    lines = [
+        f"OBJECT: /(?s:.)*{_OBJECT}/ & ~/(?s:.)*({opener}|{_OBJECT})(?s:.)+/",
+        f"OTHER: /(?s:.)+/ & ~/{rest}(?s:.)*/ & ~/(?s:.)*{further}(?s:.)*/",
+    ]
+    calls = []
+    for number, tool in functions:
+        lines.append(f'NAME_{number}: /{tool.name}",{BLANK}"{syntax.key}": ?/')
+        calls.append(f"NAME_{number} args_{number} CLOSE")
+    more = ""
+    if most > 1:
+        lines.append(f"NEXT: /{BETWEEN}{_OBJECT}/")
+        more = f"(NEXT plain_call){{0,{most - 1}}} "
+    return [
+        f"plain: OBJECT (OTHER? | plain_call {more}END?)",
+        f"plain_call: {' | '.join(calls)}",
+        *lines,
+        f"CLOSE: /{CLOSE}/",
+        f"END: /{END}/",
+    ]
 
 
 def _most_calls(syntax: Syntax, rules: Rules) -> int:
