@@ -534,15 +534,29 @@ class TestRestart:
     def test_a_background_response_is_finished_by_the_next_server(
         self, runtime: Runtime, settings: Settings
     ) -> None:
-        with Database.open(settings) as database, serving(runtime, settings, database) as url:
-            queued = create(make_client(url), **{**LONG, "max_output_tokens": 30}, background=True)
-        with Database.open(settings) as database, serving(runtime, settings, database) as url:
-            client = make_client(url)
-            assert client.responses.retrieve(queued.id).status in ("queued", "in_progress")
-            answer = finished(client, queued.id)
+        from evermini.storage.responses import ResponseStore
+
+        story = {
+            "type": "string",
+            "minLength": 4000,
+        }  # so that it cannot end before the server does
+        schema = {"type": "object", "properties": {"story": story}, "required": ["story"]}
+        form = {"format": {"type": "json_schema", "name": "story", "schema": schema}}
+        options = {**LONG, "text": form, "max_output_tokens": 200}
+        with Database.open(settings) as database:
+            with serving(runtime, settings, database) as url:
+                queued = create(make_client(url), **options, background=True)
+            stored = ResponseStore(database).get(queued.id)
+            assert stored
+            assert not stored.is_finished
+            with serving(runtime, settings, database) as url:
+                answer = finished(make_client(url), queued.id)
             assert answer.status == "incomplete", answer
             assert answer.usage
-            assert answer.usage.output_tokens == 30
+            assert answer.usage.output_tokens == 200
+            stored = ResponseStore(database).get(queued.id)
+            assert stored
+            assert stored.num_attempts == 2
 
     def test_a_stream_that_was_read_ends_as_failed(
         self, runtime: Runtime, settings: Settings
