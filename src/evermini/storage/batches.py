@@ -189,6 +189,11 @@ class BatchStore:
             _set(row, status="failed", failed_at=now, errors=listed)
             finish(session, job)
 
+    def status(self, job: Job) -> str:
+        """Return the status of a job's batch, without counting its results."""
+        with self._database.reading() as session:
+            return session.scalars(select(BatchRow.status).where(BatchRow.id == job.subject)).one()
+
     def done_lines(self, batch_id: str) -> set[int]:
         """Return the lines that have a result."""
         with self._database.reading() as session:

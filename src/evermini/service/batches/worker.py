@@ -113,7 +113,7 @@ class BatchWorker:
         done = await self._database.run(self._store.done_lines, job.subject)
         todo = in_order([line for line in lines if line.number not in done])
         results: asyncio.Queue[Result] = asyncio.Queue()
-        status = (await self._status(job)).status
+        status = await self._database.run(self._store.status, job)
         running: set[asyncio.Task[None]] = set()
         feeder = asyncio.create_task(self._feed(batch, todo, file, results, running))
         try:
@@ -124,7 +124,7 @@ class BatchWorker:
                 if some:
                     status = await self._database.run(self._store.add_results, job, some)
                 elif not is_last:
-                    status = (await self._status(job)).status
+                    status = await self._database.run(self._store.status, job)
                 if is_last:
                     feeder.result()  # an error of ours ends the attempt
                     return "completed"
@@ -139,11 +139,6 @@ class BatchWorker:
         if some:
             await self._database.run(self._store.add_results, job, some)
         return "cancelled" if status == "cancelling" else "expired"
-
-    async def _status(self, job: Job) -> StoredBatch:
-        batch = await self._database.run(self._store.get, job.subject)
-        assert batch is not None
-        return batch
 
     async def _feed(
         self,
