@@ -17,10 +17,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from evermini.errors import InvalidRequestError, NotFoundError, RequestTooLargeError
 from evermini.service import validation
+from evermini.service.validation import WireModel
 from evermini.storage.blobs import BlobStore, BlobWriter
 from evermini.storage.database import Database
 from evermini.storage.files import (
@@ -49,25 +50,21 @@ Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "ev
 Filename = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ExpiresAfter(_Wire):
+class ExpiresAfter(WireModel):
     """When a file expires."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
-class FileCreate(_Wire):
+class FileCreate(WireModel):
     """What is said about a file that comes in one request."""
 
     purpose: Purpose
     expires_after: ExpiresAfter | None = None
 
 
-class UploadCreate(_Wire):
+class UploadCreate(WireModel):
     """An upload that is announced."""
 
     bytes: Annotated[int, Field(ge=1, le=MAX_UPLOAD_BYTES)]
@@ -77,7 +74,7 @@ class UploadCreate(_Wire):
     expires_after: ExpiresAfter | None = None
 
 
-class UploadComplete(_Wire):
+class UploadComplete(WireModel):
     """The parts of a complete upload, in order."""
 
     part_ids: Annotated[list[str], Field(min_length=1, max_length=16_384)]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from evermini.errors import InvalidRequestError, NotFoundError
 from evermini.service import validation
 from evermini.service.caller import current_caller
 from evermini.service.files import ExpiresAfter, FileService, random_token
 from evermini.service.schemas import Metadata
+from evermini.service.validation import WireModel
 from evermini.storage.batches import FINAL, BatchStore, StoredBatch
 from evermini.storage.database import Database
 from evermini.storage.schema import Cursor, Page
@@ -21,10 +20,8 @@ MAX_INPUT_BYTES = 200 * 1024**2
 WINDOW_SECONDS = 24 * 3600
 
 
-class BatchCreate(BaseModel):
+class BatchCreate(WireModel):
     """A new batch."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     input_file_id: str
     endpoint: Endpoint
