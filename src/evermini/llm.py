@@ -38,7 +38,7 @@ from evermini.service.schemas import parse_chat, parse_completion
 
 if TYPE_CHECKING:
     from evermini.recall.recall import Recall
-    from evermini.service.chat import ChatChoice, ChatDelta
+    from evermini.service.answer import ChatChoice, ChatDelta
     from evermini.service.completions import TextChoice, TextDelta
     from evermini.service.generation import Usage
     from evermini.service.reading import OnProgress, Recalled

@@ -52,7 +52,7 @@ def test_several_choices_and_logprobs(llm):
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({choice.text for choice in answer.choices}) > 1
-    assert len(answer.choices[0].logprobs[0].logprob.top) == 2
+    assert len(answer.choices[0].logprobs[0].top) == 2
 
 
 def test_complete_continues_text_and_token_ids(llm):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from evermini.errors import ContextLengthError, InvalidRequestError, UnsupportedParameterError
-from evermini.service.chat import ChatDelta, ToolCallDelta
+from evermini.service.answer import ChatDelta, ToolCallDelta
 from evermini.service.generation import Usage
 from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import as_messages, parse_items

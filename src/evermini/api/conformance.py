@@ -21,7 +21,7 @@ from urllib.parse import parse_qsl, urlencode
 from pydantic_core import from_json, to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from evermini.service.chat import ChatDelta
+from evermini.service.answer import ChatDelta
 from evermini.service.generation import Usage
 from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import Json, parse_items

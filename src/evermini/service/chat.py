@@ -9,14 +9,21 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
+from evermini.service.answer import (
+    Answering,
+    ChatChoice,
+    ChatDelta,
+    ToolCallDelta,
+    ToolKind,
+    finish_reason,
+)
 from evermini.service.calling import new_parser
 from evermini.service.constraints import constraint_of
-from evermini.service.decode import ScoredToken
 from evermini.service.generation import (
     Candidate,
     Generation,
@@ -30,74 +37,11 @@ from evermini.service.prompting import make_prompt
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest, Prediction
+from evermini.service.shown import shown_token
 from evermini.service.sweep import Swept
+from evermini.service.tools import Toolset
+from evermini.text.tokenizer import Tokenizer
 from evermini.text.tools.parser import CallPiece
-
-FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
-ToolKind = Literal["function", "custom"]
-
-
-@dataclass(frozen=True)
-class ToolCallDelta:
-    """What a tool call gained. The first delta of a call has its id and name and no arguments; the others only those.
-
-    Attributes:
-        index: Number of the call in its answer, from 0.
-        type: Of the tool.
-        id: ``call_...``.
-        name: Of the tool.
-        arguments: A piece of the function's arguments (JSON text) or of the custom tool's input.
-    """
-
-    index: int
-    type: ToolKind
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-@dataclass(frozen=True)
-class ChatDelta:
-    """What choice ``index`` gained; the last delta of a choice has its finish reason."""
-
-    index: int
-    text: str = ""
-    tool_calls: tuple[ToolCallDelta, ...] = ()
-    logprobs: tuple[ScoredToken, ...] = ()
-    finish_reason: FinishReason | None = None
-
-
-@dataclass
-class ToolCall:
-    """A call, as far as it is known: cut off by the token limit, its arguments are incomplete."""
-
-    id: str
-    type: ToolKind
-    name: str
-    arguments: str = ""
-
-
-@dataclass
-class ChatChoice:
-    """One finished answer."""
-
-    index: int
-    text: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    logprobs: list[ScoredToken] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, delta: ChatDelta) -> None:
-        """Take the choice's next delta."""
-        self.text += delta.text
-        self.logprobs += delta.logprobs
-        self.finish_reason = delta.finish_reason
-        for piece in delta.tool_calls:
-            if piece.index == len(self.tool_calls):
-                assert piece.id is not None, "a call begins with its head"
-                assert piece.name is not None, "likewise"
-                self.tool_calls.append(ToolCall(piece.id, piece.type, piece.name))
-            self.tool_calls[piece.index].arguments += piece.arguments
 
 
 class _CallIds:
@@ -105,6 +49,11 @@ class _CallIds:
 
     def __init__(self) -> None:
         self._kinds: list[ToolKind] = []
+
+    @property
+    def has_called(self) -> bool:
+        """Whether there is a call."""
+        return bool(self._kinds)
 
     def deltas(self, pieces: Sequence[CallPiece]) -> tuple[ToolCallDelta, ...]:
         """Return what was read out of the answer as the contract has it."""
@@ -117,6 +66,53 @@ class _CallIds:
         self._kinds.append(piece.tool.kind)
         call_id = f"call_{uuid.uuid4().hex[:24]}"
         return ToolCallDelta(piece.index, piece.tool.kind, call_id, piece.tool.name)
+
+
+class EngineAnswer:
+    """What the native engine writes.
+
+    Args:
+        generation: The request's choices in the engine.
+        toolset: The tools of the request.
+        tokenizer: Shows tokens.
+    """
+
+    def __init__(self, generation: Generation, toolset: Toolset, tokenizer: Tokenizer) -> None:
+        self._generation = generation
+        self._toolset = toolset
+        self._tokenizer = tokenizer
+        self._call_ids: defaultdict[int, _CallIds] = defaultdict(_CallIds)
+
+    async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
+        """Yield the choices' deltas as they come; leaving early ends the request in the engine."""
+        async with aclosing(self._generation.deltas()) as deltas:
+            async for gained in deltas:
+                calls = self._call_ids[gained.index]
+                pieces = calls.deltas(gained.calls)
+                reason = gained.finish_reason and finish_reason(
+                    self._toolset, has_called=calls.has_called, reason=gained.finish_reason
+                )
+                yield ChatDelta(
+                    gained.index,
+                    gained.text,
+                    pieces,
+                    tuple(shown_token(self._tokenizer, token.logprob) for token in gained.logprobs),
+                    reason,
+                )
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; final once the deltas are exhausted."""
+        return self._generation.usage
+
+    @property
+    def has_begun(self) -> bool:
+        """A prompt has been computed, so there is something to pay for."""
+        return self._generation.has_begun
+
+    def abort(self) -> None:
+        """End the request in the engine if it still runs."""
+        self._generation.abort()
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ class ChatRun:
         self,
         served: ServedModel,
         request: ChatRequest,
-        generation: Generation,
+        answer: Answering,
         read: Recalled | Swept | None,
         ticket: Ticket,
         timer: RequestTimer,
@@ -157,37 +153,19 @@ class ChatRun:
         self.recalled = read if isinstance(read, Recalled) else None
         self.swept = read if isinstance(read, Swept) else None
         self.choices = [ChatChoice(index) for index in range(request.num_choices)]
-        self._call_ids = [_CallIds() for _ in self.choices]
-        self._generation = generation
+        self._answer = answer
         self._timer = timer
 
     async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
-        """Yield the choices' deltas as they come; leaving early ends the request in the engine.
+        """Yield the choices' deltas as they come; leaving early ends the request.
 
         Raises:
             EngineError: The engine failed or stopped before the last choice ended.
         """
-        async with aclosing(self._generation.deltas()) as deltas:
-            async for gained in deltas:
-                choice = self.choices[gained.index]
-                delta = ChatDelta(
-                    gained.index,
-                    gained.text,
-                    self._call_ids[gained.index].deltas(gained.calls),
-                    gained.logprobs,
-                )
-                choice.add(delta)
-                if gained.finish_reason is not None:
-                    choice.finish_reason = self._finish_reason(choice, gained.finish_reason)
-                    delta = replace(delta, finish_reason=choice.finish_reason)
+        async with aclosing(self._answer.deltas()) as deltas:
+            async for delta in deltas:
+                self.choices[delta.index].add(delta)
                 yield delta
-
-    def _finish_reason(self, choice: ChatChoice, reason: Literal["stop", "length"]) -> FinishReason:
-        """Return the contract's reason: a call that the caller named is no reason of its own, but ``stop``."""
-        toolset = self.request.toolset
-        if reason == "length" or not choice.tool_calls or toolset.is_named:
-            return reason
-        return "function_call" if toolset.is_legacy else "tool_calls"
 
     async def collect(self) -> list[ChatChoice]:
         """Return the finished choices by index.
@@ -203,7 +181,7 @@ class ChatRun:
     @property
     def usage(self) -> Usage:
         """Tokens; final once every delta was read. The prompt's are those that were sent, however it was read."""
-        used = self._generation.usage
+        used = self._answer.usage
         if self.recalled is not None:
             return replace(
                 used,
@@ -215,9 +193,9 @@ class ChatRun:
         return used
 
     def abort(self) -> None:
-        """End the request in the engine if it still runs."""
-        self._generation.abort()
-        if self._generation.has_begun:
+        """End the request if it still runs."""
+        self._answer.abort()
+        if self._answer.has_begun:
             self._timer.used(self.usage)
 
 
@@ -287,7 +265,8 @@ async def start(
         new_parser=new_parser(request, served.template.tool_format),
     )
     generation.start()
-    return ChatRun(served, request, generation, read, ticket or Ticket(), timer)
+    answer = EngineAnswer(generation, request.toolset, served.tokenizer)
+    return ChatRun(served, request, answer, read, ticket or Ticket(), timer)
 
 
 async def _tokens(served: ServedModel, prediction: Prediction) -> tuple[int, ...]:

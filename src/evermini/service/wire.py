@@ -9,13 +9,21 @@ from typing import Any
 
 from evermini.engine.request import TokenLogprob
 from evermini.recall.recall import Progress
-from evermini.service.chat import ChatChoice, ChatDelta, ChatRun, Ticket, ToolCall, ToolCallDelta
+from evermini.service.answer import (
+    ChatChoice,
+    ChatDelta,
+    ScoredText,
+    TokenScore,
+    ToolCall,
+    ToolCallDelta,
+)
+from evermini.service.chat import ChatRun, Ticket
 from evermini.service.completions import CompletionRun, TextChoice, TextDelta, TextToken
-from evermini.service.decode import ScoredToken
 from evermini.service.embeddings import Embeddings
 from evermini.service.generation import Usage
 from evermini.service.runtime import ModelInfo
 from evermini.service.schemas import ChatRequest
+from evermini.service.shown import token_text
 from evermini.service.sweep import SweepProgress, Swept
 from evermini.text.tokenizer import Tokenizer
 
@@ -276,14 +284,6 @@ def text_usage_chunk(run: CompletionRun) -> Json:
     return {**_text_head(run), "choices": [], "usage": usage(run.usage)}
 
 
-def token_text(raw: bytes, prefix: str = "") -> str:
-    r"""Return a token as text; bytes that are no text by themselves are written ``\xe2\x82``, after ``prefix``."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return prefix + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
 def _chat_head(run: ChatRun, kind: str) -> Json:
     return {
         "id": run.id,
@@ -318,27 +318,26 @@ def _chat_chunk(
     return {**chunk, "usage": None} if run.request.wants_usage_chunk else chunk
 
 
-def _chat_logprobs(run: ChatRun, tokens: Sequence[ScoredToken]) -> Json | None:
+def _chat_logprobs(run: ChatRun, tokens: Sequence[ScoredText]) -> Json | None:
     if not run.request.logprobs:
         return None
-    return {"content": token_logprobs(run.served.tokenizer, tokens), "refusal": None}
+    return {"content": token_logprobs(tokens), "refusal": None}
 
 
-def token_logprobs(tokenizer: Tokenizer, tokens: Sequence[ScoredToken]) -> list[Json]:
+def token_logprobs(tokens: Sequence[ScoredText]) -> list[Json]:
     """Return tokens' log-probabilities as chat completions and responses show them."""
-    return [_chat_token(tokenizer, scored.logprob) for scored in tokens]
+    return [
+        {**_token_score(token), "top_logprobs": [_token_score(best) for best in token.top]}
+        for token in tokens
+    ]
 
 
-def _chat_token(tokenizer: Tokenizer, scored: TokenLogprob) -> Json:
+def _token_score(score: TokenScore) -> Json:
     return {
-        **_chat_score(tokenizer, scored.token_id, scored.logprob),
-        "top_logprobs": [_chat_score(tokenizer, *best) for best in scored.top],
+        "token": score.text,
+        "bytes": None if score.raw is None else list(score.raw),
+        "logprob": _finite(score.logprob),
     }
-
-
-def _chat_score(tokenizer: Tokenizer, token_id: int, logprob: float) -> Json:
-    raw = tokenizer.token_bytes(token_id)
-    return {"token": token_text(raw), "bytes": list(raw), "logprob": _finite(logprob)}
 
 
 def _text_head(run: CompletionRun) -> Json:

@@ -81,7 +81,7 @@ class Background:
 
     async def submit(self, request: ResponseRequest, items: list[Json], body: Json) -> None:
         """Store a new response as queued and begin to work on it; it is on the disk when this returns."""
-        writer = self._writer(request, body)
+        writer = new_writer(body, request)
         events = [writer.snapshot("response.created"), writer.snapshot("response.queued")]
         stored = StoredResponse(
             body=dict(body),
@@ -179,9 +179,6 @@ class Background:
             except OverloadedError:  # nobody waits at the other end: the response can
                 await asyncio.sleep(RETRY_SECONDS)
 
-    def _writer(self, request: ResponseRequest, body: Json) -> EventWriter:
-        return new_writer(body, request, self._runtime.resolve(request.model))
-
     def _drop(self, response_id: str) -> None:
         if task := self._tasks.get(response_id):
             task.cancel()
@@ -220,7 +217,7 @@ class Background:
             log.info("response %s: taken up again, attempt %s", stored.id, stored.num_attempts)
             try:
                 request = parse_response(stored.request)
-                writer = self._writer(request, {**stored.body, "status": "queued"})
+                writer = new_writer({**stored.body, "status": "queued"}, request)
             except Exception as error:  # the model or a field of an older version is gone
                 await self._end(stored, failure(error))
                 continue

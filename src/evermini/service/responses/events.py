@@ -16,8 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evermini.service.chat import ChatDelta, FinishReason, ToolCallDelta
-from evermini.service.decode import ScoredToken
+from evermini.service.answer import ChatDelta, FinishReason, ScoredText, ToolCallDelta
 from evermini.service.generation import Usage
 from evermini.service.responses.items import PREFIXES, new_id
 
@@ -39,7 +38,7 @@ class EventWriter:
     """
 
     def __init__(
-        self, body: Json, scores: Callable[[Sequence[ScoredToken]], list[Json]] | None
+        self, body: Json, scores: Callable[[Sequence[ScoredText]], list[Json]] | None
     ) -> None:
         self.body = body
         self._scores = scores
@@ -75,13 +74,16 @@ class EventWriter:
 
     def finish(self, reason: FinishReason | None, usage: Usage) -> list[Json]:
         """Return the last events but one, and complete the object; `terminal` is the last."""
-        is_cut = reason == "length"
+        cut_by = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(
+            reason or ""
+        )
+        is_cut = cut_by is not None
         events = self._close("incomplete" if is_cut else "completed")
         if not self.body["output"]:  # an answer without text is a message without text
             events += [*self._open_message(), *self._close("incomplete" if is_cut else "completed")]
         self.body["status"] = "incomplete" if is_cut else "completed"
         if is_cut:
-            self.body["incomplete_details"] = {"reason": "max_output_tokens"}
+            self.body["incomplete_details"] = {"reason": cut_by}
         else:
             self.body["completed_at"] = int(time.time())
         self.body["usage"] = wire_usage(usage)

@@ -18,6 +18,7 @@ from evermini.errors import (
     StorageError,
 )
 from evermini.service import chat, wire
+from evermini.service.answer import FinishReason
 from evermini.service.metrics import Metrics
 from evermini.service.offload import tokenise
 from evermini.service.responses.events import EventWriter
@@ -83,11 +84,9 @@ def new_body(request: ResponseRequest, model: str, status: str) -> Json:
     }
 
 
-def new_writer(body: Json, request: ResponseRequest, served: ServedModel) -> EventWriter:
+def new_writer(body: Json, request: ResponseRequest) -> EventWriter:
     """Return what writes a response's events."""
-    if not request.wants_logprobs:
-        return EventWriter(body, None)
-    return EventWriter(body, lambda tokens: wire.token_logprobs(served.tokenizer, tokens))
+    return EventWriter(body, wire.token_logprobs if request.wants_logprobs else None)
 
 
 class ResponseRun:
@@ -106,7 +105,7 @@ class ResponseRun:
         try:
             for event in writer.started():
                 yield event
-            reason: chat.FinishReason | None = None
+            reason: FinishReason | None = None
             async with aclosing(self._chat.deltas()) as deltas:
                 async for delta in deltas:
                     reason = delta.finish_reason

@@ -71,7 +71,7 @@ class Responses:
                     conversations.append, addition.conversation_id, addition.items
                 )
 
-        return ResponseRun(new_writer(body, request, served), running, save)
+        return ResponseRun(new_writer(body, request), running, save)
 
     async def submit(self, request: ResponseRequest) -> Json:
         """Begin a background response and return its object; both survive this process.
