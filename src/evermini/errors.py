@@ -26,7 +26,8 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── UnsupportedArchitectureError
     │   ├── UnsupportedQuantizationError
     │   ├── UnsupportedTokenizerError
-    │   └── DamagedCheckpointError
+    │   ├── DamagedCheckpointError
+    │   └── AdapterError                an adapter (LoRA) that cannot be read, or does not fit its base
     ├── DownloadError                   weights that could not be fetched
     │   ├── SourceUnreachableError
     │   ├── ChecksumMismatchError
@@ -228,6 +229,10 @@ class UnsupportedTokenizerError(ModelError):
 
 class DamagedCheckpointError(ModelError):
     """A checkpoint file is truncated, inconsistent or lacks a tensor."""
+
+
+class AdapterError(ModelError):
+    """An adapter (LoRA) cannot be read, has a part that is not supported, or does not fit its base model."""
 
 
 class DownloadError(EverminiError):

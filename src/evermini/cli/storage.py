@@ -28,17 +28,22 @@ def gc(
     """Delete expired files, and bytes that a crash left behind without a file."""
     import time
 
+    from evermini.service.adapters import AdapterStore
     from evermini.storage.blobs import BlobStore
     from evermini.storage.database import Database
     from evermini.storage.files import FileStore
 
     with Database.open(loaded.settings) as database:
         files, blobs = FileStore(database), BlobStore.open(loaded.settings)
+        adapters = AdapterStore(database, blobs, loaded.settings.home)
         if not dry_run:
             expired = files.delete_expired(time.time())
             blobs.delete(expired)
             print(f"{len(expired)} blobs of expired files deleted")
-        orphans = blobs.orphans(files.used_blobs, grace)
+            adapters.delete_copies()
+        orphans = blobs.orphans(
+            lambda names: files.used_blobs(names) | adapters.used_blobs(names), grace
+        )
         if not dry_run:
             blobs.delete(orphans)
         print(f"{len(orphans)} orphaned blobs {'found' if dry_run else 'deleted'}")
