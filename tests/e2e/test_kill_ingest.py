@@ -20,5 +20,5 @@ def test_killed_three_times_it_ends_as_if_undisturbed(tmp_path, nano_path):
     command = [sys.executable, str(SCRIPT), "--text", str(text), "--model", "nano", "--kills", "3"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert "verify clean: True; index equal: True; passages equal: True" in run.stdout
+    assert "verify clean: True; index equal: True; passages and answers equal: True" in run.stdout
     assert run.stdout.count("% done") == 3
