@@ -118,7 +118,7 @@ class BatchStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, batch: StoredBatch, now: float) -> None:
+    def add(self, batch: StoredBatch) -> None:
         """Store a new batch and the job to work on it."""
         with self._database.writing() as session:
             session.add(
@@ -131,7 +131,7 @@ class BatchStore:
                     project=batch.project,
                 )
             )
-            enqueue(session, JOB, batch.id, now)
+            enqueue(session, JOB, batch.id)
 
     def get(self, batch_id: str) -> StoredBatch | None:
         """Return a batch with its counts as they are now, ``None`` if there is none of that id."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, create_engine, event, func, make_url, select
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -27,7 +29,12 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from evermini.config import Settings
-from evermini.errors import ConfigError, InvalidRequestError, StorageError
+from evermini.errors import (
+    ConfigError,
+    InsufficientStorageError,
+    InvalidRequestError,
+    StorageError,
+)
 from evermini.storage.migrate import migrate
 
 P = ParamSpec("P")
@@ -105,6 +112,15 @@ class Database:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def clock(session: Session) -> float:
+    """Return the Unix time that all processes of a database share: PostgreSQL's, or this machine's."""
+    if session.get_bind().dialect.name == "sqlite":
+        return time.time()
+    return float(
+        session.execute(select(func.extract("epoch", func.clock_timestamp()))).scalar_one()
+    )
 
 
 def database_url(settings: Settings) -> URL:
@@ -190,4 +206,14 @@ def _translated() -> Iterator[None]:
         ) from error
     except (OperationalError, InterfaceError, PoolTimeoutError) as error:
         cause = error.orig if isinstance(error, DBAPIError) else error
+        if _is_full(cause):
+            raise InsufficientStorageError(
+                "The disk of the server's database is full, so nothing was stored. Its operator has to make room; then "
+                "send the request again."
+            ) from error
         raise StorageError(f"The database cannot be used at the moment: {cause}") from error
+
+
+def _is_full(cause: BaseException | None) -> bool:
+    is_sqlites = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return is_sqlites or getattr(cause, "sqlstate", None) == "53100"  # PostgreSQL's "disk full"

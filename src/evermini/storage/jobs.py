@@ -8,6 +8,9 @@ meantime, finds out at its next write and leaves it alone.
     waiting (from run_after on)  ->  leased  ->  deleted when done
                 ^                      |
                 +---- retry, release, lease run out
+
+Leases run by the database's clock (`evermini.storage.database.clock`), which all its processes share. When it is set
+back, the leases of dead processes look endless, and so do pauses: what lies further ahead than any could is over.
 """
 
 from __future__ import annotations
@@ -19,8 +22,13 @@ from sqlalchemy import Double, delete, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.errors import StorageError
-from evermini.storage.database import Database
+from evermini.storage.database import Database, clock
 from evermini.storage.schema import Base, Number
+
+MAX_LEASE = 300.0
+"""Longest lease, in seconds."""
+MAX_PAUSE = 3600.0
+"""Longest pause before a job is tried again, in seconds."""
 
 
 class JobRow(Base):
@@ -64,17 +72,23 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def claim(self, owner: str, kinds: Collection[str], now: float, lease: float) -> Job | None:
-        """Return the oldest job that nobody works on, claimed for ``lease`` seconds."""
-        free = JobRow.lease_expires.is_(None) | (JobRow.lease_expires <= now)
-        query = (
-            select(JobRow)
-            .where(JobRow.kind.in_(kinds), JobRow.run_after <= now, free)
-            .order_by(JobRow.number)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
+    def claim(self, owner: str, kinds: Collection[str], lease: float) -> Job | None:
+        """Return the oldest job that nobody works on, claimed for ``lease`` seconds (at most `MAX_LEASE`)."""
         with self._database.writing() as session:
+            now = clock(session)
+            is_due = (JobRow.run_after <= now) | (JobRow.run_after > now + MAX_PAUSE)
+            is_free = (
+                JobRow.lease_expires.is_(None)
+                | (JobRow.lease_expires <= now)
+                | (JobRow.lease_expires > now + MAX_LEASE)
+            )
+            query = (
+                select(JobRow)
+                .where(JobRow.kind.in_(kinds), is_due, is_free)
+                .order_by(JobRow.number)
+                .limit(1)
+                .with_for_update(skip_locked=True)
+            )
             row = session.scalar(query)
             if row is None:
                 return None
@@ -82,21 +96,21 @@ class JobStore:
             row.num_attempts += 1
             return Job(row.kind, row.subject, row.num_attempts, owner)
 
-    def renew(self, job: Job, now: float, lease: float) -> None:
+    def renew(self, job: Job, lease: float) -> None:
         """Keep a job for ``lease`` more seconds.
 
         Raises:
             LeaseLostError: It is another's.
         """
         with self._database.writing() as session:
-            done = session.execute(
-                update(JobRow).where(*_mine(job)).values(lease_expires=now + lease)
-            )
+            expires = clock(session) + lease
+            done = session.execute(update(JobRow).where(*_mine(job)).values(lease_expires=expires))
             _require(done.rowcount, job)  # type: ignore[attr-defined]
 
-    def retry(self, job: Job, run_after: float) -> None:
-        """Give a job back, to be done from ``run_after`` on; does nothing if it is another's."""
+    def retry(self, job: Job, pause: float) -> None:
+        """Give a job back, to be done in ``pause`` seconds (at most `MAX_PAUSE`); does nothing if it is another's."""
         with self._database.writing() as session:
+            run_after = clock(session) + pause
             session.execute(
                 update(JobRow)
                 .where(*_mine(job))
@@ -104,9 +118,9 @@ class JobStore:
             )
 
 
-def enqueue(session: Session, kind: str, subject: str, now: float) -> None:
+def enqueue(session: Session, kind: str, subject: str) -> None:
     """Add a job as part of another change."""
-    session.add(JobRow(kind=kind, subject=subject, run_after=now, num_attempts=0))
+    session.add(JobRow(kind=kind, subject=subject, run_after=clock(session), num_attempts=0))
 
 
 def hold(session: Session, job: Job) -> None:

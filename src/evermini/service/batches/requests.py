@@ -100,7 +100,7 @@ class BatchService:
         batch = StoredBatch(
             body, None if expires is None else expires.seconds, caller.key_id, caller.project
         )
-        await self._database.run(self._store.add, batch, time.time())
+        await self._database.run(self._store.add, batch)
         return batch
 
     async def get(self, batch_id: str) -> StoredBatch:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import IO, Any
 
-from evermini.errors import NotFoundError
+from evermini.errors import NotFoundError, StorageError
 from evermini.service.batches.lines import Input, Line, in_order, read_body, read_input
 from evermini.service.batches.requests import request_line
 from evermini.service.caller import Caller
@@ -22,12 +22,14 @@ from evermini.service.files import FileService
 from evermini.storage.batches import BatchStore, Result, StoredBatch, Tokens
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
-from evermini.storage.jobs import Job
+from evermini.storage.jobs import Job, LeaseLostError
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 0.25
 """How long a result may wait to be stored with others."""
+STORAGE_PAUSE = 0.5
+"""Pause before results are stored again that could not be."""
 MAX_TRIES = 5
 """How often a line is sent whose failure may pass: a full queue, an engine that restarts."""
 _ENDINGS = {
@@ -83,6 +85,13 @@ class BatchWorker:
                 }
                 await self._fail(job, [{**gone, "line": None, "param": "input_file_id"}])
                 return
+            except StorageError as error:
+                if time.time() < batch.body["expires_at"]:
+                    raise  # it may be readable later
+                log.error("batch %s: %s", batch.id, error.message)
+                lost = {"code": "file_unreadable", "message": "The input file could not be read."}
+                await self._fail(job, [{**lost, "line": None, "param": "input_file_id"}])
+                return
             if found.errors:
                 await self._fail(job, found.errors)
                 return
@@ -112,32 +121,30 @@ class BatchWorker:
         """Do the lines that have no result yet; return how the batch ends: completed, cancelled or expired."""
         done = await self._database.run(self._store.done_lines, job.subject)
         todo = in_order([line for line in lines if line.number not in done])
-        results: asyncio.Queue[Result] = asyncio.Queue()
+        results = _Results(self._database, self._store, job)
         status = await self._database.run(self._store.status, job)
+        # By a clock that nobody sets: a jump of the other one must not end a batch that runs.
+        deadline = time.monotonic() + batch.body["expires_at"] - time.time()
         running: set[asyncio.Task[None]] = set()
         feeder = asyncio.create_task(self._feed(batch, todo, file, results, running))
         try:
-            while status != "cancelling" and time.time() < batch.body["expires_at"]:
+            while status != "cancelling" and time.monotonic() < deadline:
                 await asyncio.wait([feeder], timeout=FLUSH_SECONDS)
                 is_last = feeder.done() and not running
-                some = [results.get_nowait() for _ in range(results.qsize())]
-                if some:
-                    status = await self._database.run(self._store.add_results, job, some)
-                elif not is_last:
-                    status = await self._database.run(self._store.status, job)
-                if is_last:
+                status = await results.save() or status
+                if is_last and not results.waiting:
                     feeder.result()  # an error of ours ends the attempt
+                    results.check()
                     return "completed"
-                if feeder.done():
+                if running and feeder.done():
                     await asyncio.wait(running, timeout=FLUSH_SECONDS)
         finally:
             tasks = [feeder, *running]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        some = [results.get_nowait() for _ in range(results.qsize())]
-        if some:
-            await self._database.run(self._store.add_results, job, some)
+        while results.waiting:
+            await results.save()
         return "cancelled" if status == "cancelling" else "expired"
 
     async def _feed(
@@ -145,14 +152,16 @@ class BatchWorker:
         batch: StoredBatch,
         lines: Iterator[Line],
         file: IO[bytes],
-        results: asyncio.Queue[Result],
+        results: _Results,
         running: set[asyncio.Task[None]],
     ) -> None:
         """Begin one line after the other, as there are places."""
 
         async def do(line: Line, body: bytes) -> None:
             try:
-                results.put_nowait(await self._do(batch, line, body))
+                results.waiting.append(await self._do(batch, line, body))
+            except Exception as error:
+                results.failure = error
             finally:
                 self._places.release()
 
@@ -212,6 +221,58 @@ class BatchWorker:
             purpose="batch_output",
             seconds=batch.output_seconds,
         )
+
+
+class _Results:
+    """Results on their way into the database. One that cannot be written keeps them waiting while the lease holds.
+
+    Attributes:
+        waiting: Those that are not known to be stored.
+        failure: Why a line has none: a bug of ours, not an answer.
+    """
+
+    def __init__(self, database: Database, store: BatchStore, job: Job) -> None:
+        self.waiting: list[Result] = []
+        self.failure: Exception | None = None
+        self._database, self._store, self._job = database, store, job
+        self._is_doubtful = False
+
+    async def save(self) -> str | None:
+        """Store what waits and return the batch's status; ``None``: the database cannot be used now.
+
+        Raises:
+            LeaseLostError: The job is another's.
+        """
+        taken = list(self.waiting)
+        try:
+            if self._is_doubtful:  # what failed may have been stored nevertheless
+                done = await self._database.run(self._store.done_lines, self._job.subject)
+                self._remove([result for result in taken if result.line in done])
+                taken = list(self.waiting)
+                self._is_doubtful = False
+            if not taken:
+                return await self._database.run(self._store.status, self._job)
+            status = await self._database.run(self._store.add_results, self._job, taken)
+        except LeaseLostError:
+            raise
+        except StorageError as error:
+            log.warning(
+                "batch %s: %d results wait: %s", self._job.subject, len(taken), error.message
+            )
+            self._is_doubtful = True
+            await asyncio.sleep(STORAGE_PAUSE)
+            return None
+        self._remove(taken)
+        return status
+
+    def check(self) -> None:
+        """Raise why a line has no result, if one has none: without it the batch is not done."""
+        if self.failure is not None:
+            raise self.failure
+
+    def _remove(self, stored: list[Result]) -> None:
+        lines = {result.line for result in stored}
+        self.waiting = [result for result in self.waiting if result.line not in lines]
 
 
 def _not_done(line: Line, ending: str) -> Result:
