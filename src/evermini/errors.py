@@ -258,9 +258,14 @@ class UpstreamError(EverminiError):
 
 
 class StorageError(EverminiError):
-    """The database or the storage of files cannot be reached or written, or is another version's."""
+    """The database or the storage of files cannot be reached or written, or is another version's.
+
+    Attributes:
+        may_be_stored: The connection was lost at the very end of a change, which may or may not have been made.
+    """
 
     status = 503
+    may_be_stored = False
 
 
 class InsufficientStorageError(StorageError):

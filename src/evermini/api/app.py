@@ -43,6 +43,7 @@ from evermini.service.jobs import JobRunner
 from evermini.service.metering import Meter
 from evermini.service.responses.service import Responses
 from evermini.service.runtime import Runtime
+from evermini.service.uploads import UploadService
 from evermini.storage.batches import JOB
 from evermini.storage.blobs import BlobStore
 from evermini.storage.database import Database
@@ -101,6 +102,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     app.state.settings = settings
     app.state.database = database
     app.state.files = FileService(database, BlobStore.open(settings))
+    app.state.uploads = UploadService(database, app.state.files)
     app.state.batches = BatchService(database, app.state.files)
     worker = BatchWorker(
         database, app.state.files, batches.executor(app), num_requests=settings.batch_requests

@@ -17,15 +17,14 @@ from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.api.multipart import Form, read_form
 from evermini.errors import RangeError
-from evermini.service.files import (
-    MAX_FILE_BYTES,
-    MAX_PART_BYTES,
-    FileService,
+from evermini.service.file_requests import (
     base_name,
     parse_file_create,
     parse_upload_complete,
     parse_upload_create,
 )
+from evermini.service.files import MAX_FILE_BYTES, FileService
+from evermini.service.uploads import MAX_PART_BYTES, UploadService
 from evermini.storage.blobs import BlobWriter
 from evermini.storage.files import StoredFile, StoredUpload
 
@@ -107,16 +106,16 @@ async def retrieve_file_content(request: Request, file_id: str) -> Response:
 async def create_upload(request: Request) -> Response:
     """Announce a file that comes in parts."""
     wanted = await read_request(request, parse_upload_create)
-    return JsonResponse(upload_object(await _service(request).announce(wanted), None))
+    return JsonResponse(upload_object(await _uploads(request).announce(wanted), None))
 
 
 @router.post("/v1/uploads/{upload_id}/parts")
 async def create_upload_part(request: Request, upload_id: str) -> Response:
     """Store a part."""
-    files = _service(request)
-    await files.pending(upload_id)  # refused before its bytes are read
+    uploads = _uploads(request)
+    await uploads.pending(upload_id)  # refused before its bytes are read
     part = await _receive(
-        request, "data", MAX_PART_BYTES, lambda writer, form: files.add_part(upload_id, writer)
+        request, "data", MAX_PART_BYTES, lambda writer, form: uploads.add_part(upload_id, writer)
     )
     return JsonResponse(
         {
@@ -132,14 +131,14 @@ async def create_upload_part(request: Request, upload_id: str) -> Response:
 async def complete_upload(request: Request, upload_id: str) -> Response:
     """Make a file of an upload's parts."""
     wanted = await read_request(request, parse_upload_complete)
-    upload, file = await _service(request).complete(upload_id, wanted)
+    upload, file = await _uploads(request).complete(upload_id, wanted)
     return JsonResponse(upload_object(upload, file))
 
 
 @router.post("/v1/uploads/{upload_id}/cancel")
 async def cancel_upload(request: Request, upload_id: str) -> Response:
     """Cancel an upload."""
-    return JsonResponse(upload_object(await _service(request).cancel(upload_id), None))
+    return JsonResponse(upload_object(await _uploads(request).cancel(upload_id), None))
 
 
 def file_object(file: StoredFile) -> dict[str, Any]:
@@ -177,6 +176,11 @@ def _service(request: Request) -> FileService:
     return service
 
 
+def _uploads(request: Request) -> UploadService:
+    service: UploadService = request.app.state.uploads
+    return service
+
+
 async def _receive(
     request: Request,
     field: str,
@@ -185,13 +189,9 @@ async def _receive(
 ) -> T:
     """Store the form's file as a blob and return what ``store`` makes of it; if it cannot, the blob is dropped."""
     files = _service(request)
-    writer = await files.begin()
-    try:
+    async with files.incoming() as writer:
         form = await read_form(request, field, partial(files.write, writer, limit=limit))
         return await store(writer, form)
-    except BaseException:
-        await files.drop(writer)
-        raise
 
 
 def _range(header: str, num_bytes: int) -> tuple[int, int] | None:

@@ -277,6 +277,8 @@ class BatchStore:
             hold(session, job)
             row = _require(session, job)
             counts = _counts(session, row)
+            num_lines = row.body["request_counts"]["total"]
+            assert counts.completed + counts.failed == num_lines, "a line has no result"
             for file in (output, errors):
                 if file is not None:
                     add_file(session, file)

@@ -28,11 +28,18 @@ READ_BYTES = 1 << 20
 
 
 class BlobWriter:
-    """One blob on its way to the store; used by one thread at a time."""
+    """One blob on its way to the store; used by one thread at a time.
+
+    Attributes:
+        name: What a row calls it.
+        num_bytes: Written so far.
+        is_settled: Somebody has begun to store the row that names it.
+    """
 
     def __init__(self, store: BlobStore, name: str, file: IO[bytes]) -> None:
         self.name = name
         self.num_bytes = 0
+        self.is_settled = False
         self._store = store
         self._file = file
 

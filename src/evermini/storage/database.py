@@ -89,13 +89,21 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """Give a session whose changes are on the disk when the block ends, all of them or, on an error, none."""
-        with (
-            _translated(),
-            Session(self._writing, expire_on_commit=False) as session,
-            session.begin(),
-        ):
-            yield session
+        """Give a session whose changes are on the disk when the block ends, all of them or, on an error, none.
+
+        Raises:
+            StorageError: They cannot be stored, or (``may_be_stored``) nobody can tell.
+        """
+        is_committing = False
+        try:
+            with _translated(), Session(self._writing, expire_on_commit=False) as session:
+                yield session
+                session.flush()
+                is_committing = True
+                session.commit()
+        except StorageError as error:
+            error.may_be_stored = is_committing and not isinstance(error, InsufficientStorageError)
+            raise
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``work(...)``, done in one of the database's threads. Cancelled, it is done nevertheless."""

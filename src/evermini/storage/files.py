@@ -170,10 +170,11 @@ class FileStore:
         """Delete expired files, and uploads that were never completed; return the blobs that are free now."""
         blobs: list[str] = []
         with self._database.writing() as session:
-            files = session.scalars(select(FileRow).where(FileRow.expires_at <= now)).all()
-            uploads = session.scalars(
-                select(UploadRow).where(UploadRow.expires_at <= now, UploadRow.parts.any())
-            ).all()
+            # Locked: whoever completes an upload at this moment keeps its parts.
+            old = select(FileRow).where(FileRow.expires_at <= now)
+            files = session.scalars(old.with_for_update(skip_locked=True)).all()
+            unused = select(UploadRow).where(UploadRow.expires_at <= now, UploadRow.parts.any())
+            uploads = session.scalars(unused.with_for_update(skip_locked=True)).all()
             for file in files:
                 blobs += [piece.blob for piece in file.blobs]
                 session.delete(file)

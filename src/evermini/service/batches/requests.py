@@ -8,7 +8,8 @@ from typing import Any, Literal
 from evermini.errors import InvalidRequestError, NotFoundError
 from evermini.service import validation
 from evermini.service.caller import current_caller
-from evermini.service.files import ExpiresAfter, FileService, random_token
+from evermini.service.file_requests import ExpiresAfter
+from evermini.service.files import FileService, random_token
 from evermini.service.schemas import Metadata
 from evermini.service.validation import WireModel
 from evermini.storage.batches import FINAL, BatchStore, StoredBatch

@@ -159,7 +159,8 @@ class BatchWorker:
 
         async def do(line: Line, body: bytes) -> None:
             try:
-                results.waiting.append(await self._do(batch, line, body))
+                result = await self._do(batch, line, body)
+                results.waiting.append(result)
             except Exception as error:
                 results.failure = error
             finally:
@@ -272,7 +273,7 @@ class _Results:
 
     def _remove(self, stored: list[Result]) -> None:
         lines = {result.line for result in stored}
-        self.waiting = [result for result in self.waiting if result.line not in lines]
+        self.waiting[:] = [result for result in self.waiting if result.line not in lines]
 
 
 def _not_done(line: Line, ending: str) -> Result:
