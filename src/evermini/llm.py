@@ -31,6 +31,7 @@ from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
+from evermini.service.documents import Documents
 from evermini.service.embeddings import Embeddings, embed, parse_embeddings
 from evermini.service.formats import format_of
 from evermini.service.runtime import ModelInfo, load_tier
@@ -215,6 +216,8 @@ class LLM:
             self._portal = stack.enter_context(start_blocking_portal())
             self._served = load_tier(name, settings, progress=progress)
             stack.callback(self._served.close, timeout=0.0)
+            self._documents = Documents()
+            stack.callback(self._documents.close)
             self._stack = stack.pop_all()
 
     @property
@@ -295,7 +298,15 @@ class LLM:
         if isinstance(form := params.get("response_format"), type):
             body["response_format"] = format_of(form)
         request = parse_chat({**body, "stream": stream})
-        run = self._call(partial(chat_service.start, self._served, request, progress=progress))
+        run = self._call(
+            partial(
+                chat_service.start,
+                self._served,
+                request,
+                documents=self._documents,
+                progress=progress,
+            )
+        )
         if stream:
             return AnswerStream(self, run, started, run.recalled, run.swept)
         choices = self._call(run.collect)

@@ -85,7 +85,11 @@ class TestChat:
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
         }
-        assert usage["prompt_tokens_details"].keys() == {"cached_tokens", "audio_tokens"}
+        assert usage["prompt_tokens_details"].keys() == {
+            "cached_tokens",
+            "audio_tokens",
+            "image_tokens",
+        }
 
     def test_a_repeated_prefix_is_cached(self, client: openai.OpenAI) -> None:
         messages = [{"role": "user", "content": f"{time.time_ns()} " + "tell me more " * 40}]

@@ -721,7 +721,7 @@ class TestValidation:
             ({"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}, "input[0].type"),
             ({"input": [{"type": "computer_call_output", "call_id": "c"}]}, "input[0].type"),
             (
-                {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+                {"input": [{"role": "user", "content": [{"type": "input_audio"}]}]},
                 "input[0].content[0].type",
             ),
         ],

@@ -50,7 +50,8 @@ def test_leading_space_stays_so_that_line_numbers_hold():
 @pytest.mark.parametrize(
     ("data", "reason", "message"),
     [
-        (b"\x89PNG\r\n\x1a\n\0\0", "binary", "x is a binary file"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "image", "x is an image"),
+        (b"\x7fELF\0\0", "binary", "x is a binary file"),
         (b"caf\xe9", "not UTF-8 text", "x is not UTF-8 text (byte 3)"),
         (b"%PDF-1.7\ngarbage", "damaged PDF", "x is a damaged PDF"),
         (make_pdf(["", ""]), "PDF without text", "x has no text on any of its 2 pages"),

@@ -38,6 +38,7 @@ from evermini.config import Settings
 from evermini.service.access import Access
 from evermini.service.batches.requests import BatchService
 from evermini.service.batches.worker import BatchWorker
+from evermini.service.documents import Documents
 from evermini.service.files import FileService
 from evermini.service.jobs import JobRunner
 from evermini.service.metering import Meter
@@ -77,7 +78,9 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     )
     if settings.conformance_fixtures:
         middleware.append(Middleware(ConformanceFixtures, database=database))
-    service = Responses(runtime, database)
+    stored = FileService(database, BlobStore.open(settings))
+    documents = Documents(stored)
+    service = Responses(runtime, database, documents)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -89,6 +92,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         await service.background.stop(settings.drain_timeout)
         await jobs.stop()
         await meter.stop()
+        documents.close()
 
     app = FastAPI(
         title="Evermini",
@@ -101,8 +105,9 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     app.state.runtime = runtime
     app.state.settings = settings
     app.state.database = database
-    app.state.files = FileService(database, BlobStore.open(settings))
-    app.state.uploads = UploadService(database, app.state.files)
+    app.state.files = stored
+    app.state.uploads = UploadService(database, stored)
+    app.state.documents = documents
     app.state.batches = BatchService(database, app.state.files)
     worker = BatchWorker(
         database, app.state.files, batches.executor(app), num_requests=settings.batch_requests

@@ -34,6 +34,7 @@ async def create_chat_completion(request: Request) -> Response:
         chat.start(
             served,
             wanted,
+            documents=request.app.state.documents,
             metrics=runtime.metrics,
             arrived=request.state.arrived,
             progress=watch.report,

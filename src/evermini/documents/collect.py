@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evermini.documents.read import Document, is_pdf, read_document
+from evermini.documents.read import Document, read_document
 from evermini.documents.sizes import advice
+from evermini.documents.sniff import is_pdf
 from evermini.documents.walk import Found, is_glob, walk, walk_glob
 from evermini.errors import DocumentError, InvalidRequestError
 

@@ -1,4 +1,4 @@
-"""Bytes to text: UTF-8, UTF-16 with a byte order mark, PDF.
+"""Bytes to text: UTF-8, UTF-16 with a byte order mark, PDF, DOCX, PPTX, HTML.
 
 What a file is, its content says, not its name. Nothing is dropped in silence: a page without text keeps its mark and
 says so, and a file without any text is an error.
@@ -9,14 +9,24 @@ from __future__ import annotations
 import codecs
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evermini.documents.html import read_html
+from evermini.documents.office import read_docx, read_pptx
+from evermini.documents.sniff import kind_of
 from evermini.errors import DocumentError
 
+PageReader = Callable[[Any, int], str]
+"""(a page as an image of `PIL`, its number from 1) -> the text on it."""
+
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_PDF_HEADER = b"%PDF-"
+_SCAN_CHARS = 64
+"""A page with fewer letters and digits than this may be a scan with a stamp on it."""
+_SCAN_DPI = 150
+_SCAN_PIXELS = 2200
+"""Longest side of a page as an image: that of a sheet of A4 at 188 dots per inch."""
 _pdfium = threading.Lock()
 """PDFium may be used by one thread at a time, whatever the document."""
 
@@ -38,24 +48,42 @@ class Document:
     blank_pages: tuple[int, ...] = ()
 
 
-def read_document(data: bytes, name: str) -> Document:
+def read_document(
+    data: bytes, name: str, *, read_page: PageReader | None = None, render_html: bool = False
+) -> Document:
     """Return what a file says.
 
     Args:
         data: The file's bytes.
         name: What to call it.
+        read_page: Reads scanned pages of PDFs; without it they are named in `Document.blank_pages`.
+        render_html: Return the text that readers of a web page see instead of its source.
 
     Raises:
         DocumentError: It is no text that can be read; says what it is instead and what to do.
     """
-    if is_pdf(data):
-        return _read_pdf(data, name)
+    match kind_of(data):
+        case "pdf":
+            return _read_pdf(data, name, read_page)
+        case "docx":
+            return Document(name, _clean(read_docx(data, name)))
+        case "pptx":
+            return _of_pages(
+                name, [_clean(t) for t in read_pptx(data, name)], "slides without text"
+            )
+        case "image":
+            raise DocumentError(
+                f"{name} is an image. Give it where images are taken, or a text file or PDF.",
+                reason="image",
+            )
+        case "archive":
+            raise DocumentError(
+                f"{name} is an archive, or a damaged office file. Unpack it, or save the document anew.",
+                reason="archive",
+            )
+        case "html" if render_html:
+            return Document(name, read_html(_decode(data, name)))
     return Document(name, _decode(data, name).rstrip())
-
-
-def is_pdf(data: bytes) -> bool:
-    """Tell whether a file, or its beginning, is a PDF's."""
-    return data[:1024].lstrip().startswith(_PDF_HEADER)
 
 
 def _decode(data: bytes, name: str) -> str:
@@ -74,14 +102,13 @@ def _decode(data: bytes, name: str) -> str:
         ) from error
 
 
-def _read_pdf(data: bytes, name: str) -> Document:
-    pages = list(_pdf_pages(data, name))
+def _of_pages(name: str, pages: Sequence[str], reason: str) -> Document:
     blank = tuple(number for number, text in enumerate(pages, start=1) if not text)
     if len(blank) == len(pages):
         raise DocumentError(
             f"{name} has no text on any of its {len(pages)} pages; they may be scans. Run text recognition (OCR) on "
             "it first.",
-            reason="PDF without text",
+            reason=reason,
         )
     parts = [
         f"[page {number}]\n{text or '(This page has no text. It may be a scan.)'}"
@@ -90,25 +117,55 @@ def _read_pdf(data: bytes, name: str) -> Document:
     return Document(name, "\n\n".join(parts), len(pages), blank)
 
 
-def _pdf_pages(data: bytes, name: str) -> Iterator[str]:
-    import pypdfium2
+def _read_pdf(data: bytes, name: str, read_page: PageReader | None) -> Document:
+    pages = list(_pdf_pages(data, name))
+    if read_page is not None:
+        for index, text in enumerate(pages):
+            if sum(map(str.isalnum, text)) < _SCAN_CHARS:
+                seen = _clean(read_page(_render(data, index, name), index + 1))
+                pages[index] = max(text, seen, key=len)
+    return _of_pages(name, pages, "PDF without text")
 
+
+def _pdf_pages(data: bytes, name: str) -> Iterator[str]:
     with _pdfium:
-        try:
-            pdf = pypdfium2.PdfDocument(data)
-        except pypdfium2.PdfiumError as error:
-            if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
-                raise DocumentError(
-                    f"{name} is a PDF locked with a password. Save it without one first.",
-                    reason="locked PDF",
-                ) from error
-            raise DocumentError(
-                f"{name} is a damaged PDF ({error}). Repair it, or print it to a new one.",
-                reason="damaged PDF",
-            ) from error
+        pdf = _open_pdf(data, name)
         try:
             for index in range(len(pdf)):
                 yield _clean(_page_text(pdf, index, name))
+        finally:
+            pdf.close()
+
+
+def _open_pdf(data: bytes, name: str) -> Any:
+    import pypdfium2
+
+    try:
+        return pypdfium2.PdfDocument(data)
+    except pypdfium2.PdfiumError as error:
+        if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
+            raise DocumentError(
+                f"{name} is a PDF locked with a password. Save it without one first.",
+                reason="locked PDF",
+            ) from error
+        raise DocumentError(
+            f"{name} is a damaged PDF ({error}). Repair it, or print it to a new one.",
+            reason="damaged PDF",
+        ) from error
+
+
+def _render(data: bytes, index: int, name: str) -> Any:
+    """Return a page as an image, within bounds whatever size it says it has."""
+    with _pdfium:
+        pdf = _open_pdf(data, name)
+        try:
+            page = pdf[index]
+            longest = max(1.0, *page.get_size())  # in points of 1/72 inch
+            bitmap = page.render(scale=min(_SCAN_DPI / 72, _SCAN_PIXELS / longest))
+            image = bitmap.to_pil().convert("RGB")
+            bitmap.close()
+            page.close()
+            return image
         finally:
             pdf.close()
 

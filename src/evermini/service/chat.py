@@ -24,12 +24,14 @@ from evermini.service.answer import (
 )
 from evermini.service.calling import new_parser
 from evermini.service.constraints import constraint_of
+from evermini.service.documents import Documents
 from evermini.service.generation import (
     Candidate,
     Generation,
     Usage,
     seed_of_choice,
 )
+from evermini.service.image_tokens import ImageTokens, count_images
 from evermini.service.limits import check_output, output_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
 from evermini.service.offload import tokenise
@@ -143,6 +145,7 @@ class ChatRun:
         request: ChatRequest,
         answer: Answering,
         read: Recalled | Swept | None,
+        images: ImageTokens,
         ticket: Ticket,
         timer: RequestTimer,
     ) -> None:
@@ -154,6 +157,7 @@ class ChatRun:
         self.swept = read if isinstance(read, Swept) else None
         self.choices = [ChatChoice(index) for index in range(request.num_choices)]
         self._answer = answer
+        self._images = images
         self._timer = timer
 
     async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
@@ -181,6 +185,9 @@ class ChatRun:
     @property
     def usage(self) -> Usage:
         """Tokens; final once every delta was read. The prompt's are those that were sent, however it was read."""
+        return self._images.apply(self._sent())
+
+    def _sent(self) -> Usage:
         used = self._answer.usage
         if self.recalled is not None:
             return replace(
@@ -203,16 +210,18 @@ async def start(
     served: ServedModel,
     request: ChatRequest,
     *,
+    documents: Documents,
     metrics: Metrics | None = None,
     arrived: float | None = None,
     progress: OnProgress | None = None,
     ticket: Ticket | None = None,
 ) -> ChatRun:
-    """Tokenise, read what does not fit the window, and hand the request to the engine.
+    """Read what is attached, tokenise, read what does not fit the window, and hand the request to the engine.
 
     Args:
         served: The model to ask.
         request: What to ask.
+        documents: Reads the images and files of the messages.
         metrics: Where to report latencies.
         arrived: ``time.perf_counter()`` when the request came in; default now.
         progress: Told, from any thread, how reading a long text goes.
@@ -222,8 +231,9 @@ async def start(
         ContextLengthError: The prompt (plus the requested output) does not fit, and recall is off or cannot help.
         UnsupportedParameterError: Recall or a sweep is asked for and recall is switched off.
         RecallDiskError: The index of a long text does not fit under the cap on disk space.
-        InvalidRequestError: A token id in ``logit_bias`` is not one of the model's, the chat template refuses the
-            order of the messages, or the form that the answer should have cannot be enforced.
+        InvalidRequestError: An image or file cannot be read, a token id in ``logit_bias`` is not one of the model's,
+            the chat template refuses the order of the messages, or the form that the answer should have cannot be
+            enforced.
         OverloadedError: The engine's queue is full.
         EngineStoppedError: The engine is stopped.
     """
@@ -232,6 +242,8 @@ async def start(
     )
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     check_output(request)
+    request = await documents.read(request)
+    images = await count_images(request, served.info.id, served.tokenizer.encode)
     constraint = await constraint_of(request, served.template.tool_format, served.grammars, timer)
     prompt, read = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
@@ -266,7 +278,7 @@ async def start(
     )
     generation.start()
     answer = EngineAnswer(generation, request.toolset, served.tokenizer)
-    return ChatRun(served, request, answer, read, ticket or Ticket(), timer)
+    return ChatRun(served, request, answer, read, images, ticket or Ticket(), timer)
 
 
 async def _tokens(served: ServedModel, prediction: Prediction) -> tuple[int, ...]:

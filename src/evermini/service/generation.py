@@ -70,6 +70,8 @@ class Usage:
     cached_tokens: int
     accepted_prediction_tokens: int = 0
     rejected_prediction_tokens: int = 0
+    image_tokens: int = 0
+    """Of the prompt's tokens, those that its images count as."""
 
 
 class Generation:

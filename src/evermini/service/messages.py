@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PrivateAttr
 
 from evermini.errors import InvalidRequestError
+from evermini.service.attachments import FileSource, ImageSource, Perceived
 from evermini.service.validation import WireModel, check_variant, wrong_type
 
 ToolName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
@@ -24,11 +25,46 @@ def as_parts(value: object) -> object:
 
 
 class ContentPart(WireModel):
-    """A piece of text, or of an earlier refusal by the assistant."""
+    """A piece of text, an image, a file, or an earlier refusal by the assistant."""
 
-    type: Literal["text", "refusal"]
+    type: Literal["text", "refusal", "image_url", "file"]
     text: str | None = None
     refusal: str | None = None
+    image_url: ImageSource | None = None
+    file: FileSource | None = None
+    _perceived: Perceived | None = PrivateAttr(None)
+
+    @property
+    def attachment(self) -> ImageSource | FileSource | None:
+        """The image or file that the part names."""
+        return self.image_url or self.file
+
+    @property
+    def perceived(self) -> Perceived | None:
+        """What was read of the image or file, once that is done."""
+        return self._perceived
+
+    @property
+    def shown(self) -> str:
+        """The part as text; of an image or file, what was read of it."""
+        if self._perceived is not None:
+            return self._perceived.text
+        return self.text or self.refusal or ""
+
+    def with_perceived(self, perceived: Perceived) -> ContentPart:
+        """Return the part with what was read of it."""
+        copy = self.model_copy()
+        copy._perceived = perceived
+        return copy
+
+
+PARTS_OF_ROLE: Mapping[str, tuple[str, ...]] = {
+    "assistant": ("text", "refusal"),
+    "user": ("text", "image_url", "file"),
+    "tool": ("text", "image_url", "file"),
+}
+"""Types of content parts by role; in the others, text."""
+_FIELD_OF_PART = {"text": "text", "refusal": "refusal", "image_url": "image_url", "file": "file"}
 
 
 class FunctionCall(WireModel):
@@ -86,8 +122,14 @@ class Message(WireModel):
 
     def texts(self) -> list[str]:
         """Return the texts of the message's parts; an assistant's refusal is text it wrote."""
-        pieces = [part.text or part.refusal or "" for part in self.content or ()]
+        pieces = [part.shown for part in self.content or ()]
         return [*pieces, self.refusal] if self.refusal else pieces
+
+    def attached_parts(self) -> set[int]:
+        """Return the numbers of the parts that are images or files."""
+        return {
+            number for number, part in enumerate(self.content or ()) if part.attachment is not None
+        }
 
     def text(self) -> str:
         """Return the message's whole text."""
@@ -130,13 +172,18 @@ class Message(WireModel):
             )
         for number, part in enumerate(self.content or ()):
             where = f"{path}.content[{number}]"
-            if part.type == "refusal" and self.role != "assistant":
+            allowed = PARTS_OF_ROLE.get(self.role, ("text",))
+            if part.type not in allowed:
+                listed = ", ".join(f"'{kind}'" for kind in allowed)
                 raise InvalidRequestError(
-                    f"Invalid value: 'refusal'. Supported values for a message with role '{self.role}' are: 'text'.",
+                    f"Invalid value: '{part.type}'. Supported values for a message with role '{self.role}' are: "
+                    f"{listed}.",
                     param=f"{where}.type",
                     code="invalid_value",
                 )
-            check_variant(part, where, {"text": "text", "refusal": "refusal"})
+            check_variant(part, where, _FIELD_OF_PART)
+            if part.attachment is not None:
+                part.attachment.check(f"{where}.{part.type}")
         for number, call in enumerate(self.tool_calls or ()):
             variants = {"function": "function", "custom": "custom"}
             check_variant(call, f"{path}.tool_calls[{number}]", variants)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 from evermini.service.messages import Message
@@ -56,6 +56,7 @@ class Piece:
         name: The document's name, if it is one.
         first_char: Where it begins in the part; in a document, 0.
         first_line: The line it begins on, from 1; in a document, 1.
+        is_attached: It was read of an image or file, so it asks nothing.
     """
 
     text: str
@@ -65,6 +66,7 @@ class Piece:
     name: str | None = None
     first_char: int = 0
     first_line: int = 1
+    is_attached: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,12 @@ def split(messages: Sequence[Message], tier: Tier) -> Parts:
     for number, message in enumerate(messages):
         may_cut = tier.instructions or message.role not in ("system", "developer")
         texts = message.texts()
+        attached = message.attached_parts()
+        last = max((part for part in range(len(texts)) if part not in attached), default=-1)
         for part, text in enumerate(texts):
-            is_last = number == asking and part == len(texts) - 1
-            pieces += _split_part(text, number, part, is_last, tier.min_chars if may_cut else None)
+            is_last = number == asking and part == last
+            found = _split_part(text, number, part, is_last, tier.min_chars if may_cut else None)
+            pieces += [replace(p, is_attached=True) for p in found] if part in attached else found
     question = _question([p for p in pieces if p.message == asking])
     return Parts(tuple(pieces), question, _earlier(messages, pieces, asking))
 
@@ -118,7 +123,11 @@ def _earlier(messages: Sequence[Message], pieces: Sequence[Piece], asking: int) 
 
 
 def _question(pieces: Sequence[Piece]) -> str:
-    whole = [piece.text.strip() for piece in pieces if not piece.is_long and piece.text.strip()]
+    whole = [
+        piece.text.strip()
+        for piece in pieces
+        if not (piece.is_long or piece.is_attached) and piece.text.strip()
+    ]
     if not whole:
         return ""
     if "?" not in whole[-1] and "?" in whole[0]:

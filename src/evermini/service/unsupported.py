@@ -27,7 +27,7 @@ MESSAGE_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
 }
 PART_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"prompt_cache_breakpoint": ()}
-UNSUPPORTED_PARTS = frozenset({"image_url", "input_audio", "file"})
+UNSUPPORTED_PARTS = frozenset({"input_audio"})
 COMPLETION_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {"suffix": ("",)}
 
 

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from evermini.errors import EngineStoppedError, OverloadedError, StorageError
+from evermini.service.documents import Documents
 from evermini.service.responses.context import Contexts
 from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import Json
@@ -55,10 +56,13 @@ INTERRUPTED: Json = {
 class Background:
     """The background responses that this process works on."""
 
-    def __init__(self, runtime: Runtime, database: Database, contexts: Contexts) -> None:
+    def __init__(
+        self, runtime: Runtime, database: Database, contexts: Contexts, documents: Documents
+    ) -> None:
         self._runtime = runtime
         self._database = database
         self._contexts = contexts
+        self._documents = documents
         self._store = ResponseStore(database)
         self._owner = uuid.uuid4().hex
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -173,7 +177,12 @@ class Background:
         while True:
             try:
                 running = await start_chat(
-                    served, request, context, writer.body, metrics=self._runtime.metrics
+                    served,
+                    request,
+                    context,
+                    writer.body,
+                    documents=self._documents,
+                    metrics=self._runtime.metrics,
                 )
                 return ResponseRun(writer, running, log_of.save)
             except OverloadedError:  # nobody waits at the other end: the response can

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 
 from evermini.errors import InvalidRequestError
 from evermini.service import unsupported, validation
+from evermini.service.attachments import Detail, check_one_source
 from evermini.service.messages import ToolName
 from evermini.service.validation import WireModel, check_variant, wrong_type
 
@@ -35,11 +36,17 @@ def _as_text(value: object) -> object:
 
 
 class Part(WireModel):
-    """A piece of text or a refusal; what was a plain string has the type ``text`` here."""
+    """A piece of text, an image, a file or a refusal; what was a plain string has the type ``text`` here."""
 
-    type: Literal["text", "input_text", "output_text", "refusal"]
+    type: Literal["text", "input_text", "input_image", "input_file", "output_text", "refusal"]
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    detail: Detail | None = None
+    file_id: str | None = None
+    file_data: str | None = None
+    filename: str | None = None
+    file_url: str | None = None
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
 
@@ -123,9 +130,15 @@ UNSUPPORTED_ITEMS = frozenset(
         *("tool_search_call", "tool_search_output", "web_search_call"),
     }
 )
-UNSUPPORTED_PARTS = frozenset(
-    {"input_image", "input_file", "input_audio", "image_url", "computer_screenshot"}
-)
+UNSUPPORTED_PARTS = frozenset({"input_audio", "image_url", "computer_screenshot"})
+_SHOWN_BY_USERS = ("input_text", "input_image", "input_file")
+_SOURCES = {
+    "input_image": ("image_url", "file_id"),
+    "input_file": ("file_id", "file_data", "file_url"),
+}
+"""Types of parts -> the fields of which one says where the bytes are."""
+_NAMED = {"input_image": ("detail",), "input_file": ("filename", "detail")}
+_SOURCE_FIELDS = ("image_url", "file_id", "file_data", "file_url", "filename", "detail")
 _ITEM_UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "async": (False,),
     "caller": ({"type": "direct"},),
@@ -203,7 +216,9 @@ def _plain_part(part: object, path: str) -> object:
 def _stored(item: WireModel, path: str) -> Json:
     match item:
         case MessageItem():
-            allowed = ("output_text", "refusal") if item.role == "assistant" else ("input_text",)
+            allowed: tuple[str, ...] = ("output_text", "refusal")
+            if item.role != "assistant":
+                allowed = _SHOWN_BY_USERS if item.role == "user" else ("input_text",)
             phase = {} if item.phase is None else {"phase": item.phase}
             return {
                 "id": item.id or new_id("msg"),
@@ -222,7 +237,7 @@ def _stored(item: WireModel, path: str) -> Json:
                 **fields,
             }
         case OutputItem():
-            parts = _stored_parts(item.output, ("input_text",), f"{path}.output")
+            parts = _stored_parts(item.output, _SHOWN_BY_USERS, f"{path}.output")
             was_string = item.output[0].type == "text"
             return {
                 "id": item.id or new_id(PREFIXES[item.type]),
@@ -249,6 +264,10 @@ def _stored_parts(parts: Sequence[Part], allowed: tuple[str, ...], path: str) ->
                 param=f"{where}.type",
                 code="invalid_value",
             )
+        _check_sources(part, where)
+        if kind in _SOURCES:
+            stored.append(part.model_dump(exclude_none=True))
+            continue
         fields = dict.fromkeys(("text", "input_text", "output_text"), "text")
         check_variant(part, where, fields | {"refusal": "refusal"})
         match kind:
@@ -260,6 +279,24 @@ def _stored_parts(parts: Sequence[Part], allowed: tuple[str, ...], path: str) ->
             case _:
                 stored.append({"type": kind, "text": part.text})
     return stored
+
+
+def _check_sources(part: Part, path: str) -> None:
+    """Check that a part has the fields of its type that say where bytes are, and no others.
+
+    Raises:
+        InvalidRequestError: It has not.
+    """
+    sources = _SOURCES.get(part.type, ())
+    for field in _SOURCE_FIELDS:
+        if getattr(part, field) is not None and field not in (*sources, *_NAMED.get(part.type, ())):
+            raise InvalidRequestError(
+                f"Unknown parameter: '{path}.{field}'.",
+                param=f"{path}.{field}",
+                code="unknown_parameter",
+            )
+    if sources:
+        check_one_source(path, {name: getattr(part, name) for name in sources})
 
 
 def references(items: Sequence[Json]) -> list[str]:
@@ -334,9 +371,18 @@ def _call(item: Json) -> Json:
 def _content(content: str | Sequence[Json]) -> str | list[Json]:
     if isinstance(content, str):
         return content
-    return [
-        {"type": "refusal", "refusal": part["refusal"]}
-        if part["type"] == "refusal"
-        else {"type": "text", "text": part["text"]}
-        for part in content
-    ]
+    return [_chat_part(part) for part in content]
+
+
+def _chat_part(part: Json) -> Json:
+    match part["type"]:
+        case "refusal":
+            return {"type": "refusal", "refusal": part["refusal"]}
+        case "input_image":
+            image = {"url": part.get("image_url"), "file_id": part.get("file_id")}
+            return {"type": "image_url", "image_url": {**image, "detail": part.get("detail")}}
+        case "input_file":
+            names = ("file_id", "file_data", "filename", "file_url")
+            return {"type": "file", "file": {name: part.get(name) for name in names}}
+        case _:
+            return {"type": "text", "text": part["text"]}

@@ -19,6 +19,7 @@ from evermini.errors import (
 )
 from evermini.service import chat, wire
 from evermini.service.answer import FinishReason
+from evermini.service.documents import Documents
 from evermini.service.metrics import Metrics
 from evermini.service.offload import tokenise
 from evermini.service.responses.events import EventWriter
@@ -163,6 +164,7 @@ async def start_chat(
     context: Sequence[Json],
     body: Json,
     *,
+    documents: Documents,
     metrics: Metrics | None,
     arrived: float | None = None,
 ) -> chat.ChatRun:
@@ -180,7 +182,9 @@ async def start_chat(
     async def start(first: int) -> chat.ChatRun:
         wanted = await as_chat(request, context[first:])
         try:
-            return await chat.start(served, wanted, metrics=metrics, arrived=arrived)
+            return await chat.start(
+                served, wanted, documents=documents, metrics=metrics, arrived=arrived
+            )
         except InvalidRequestError as error:
             raise renamed(error) from None
 

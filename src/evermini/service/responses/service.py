@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.service.documents import Documents
+from evermini.service.image_tokens import count_images
 from evermini.service.prompting import whole_prompt
 from evermini.service.responses.background import Background
 from evermini.service.responses.context import Contexts
@@ -29,14 +31,16 @@ class Responses:
     Args:
         runtime: The loaded models.
         database: Where responses are kept.
+        documents: Reads images and files.
     """
 
-    def __init__(self, runtime: Runtime, database: Database) -> None:
+    def __init__(self, runtime: Runtime, database: Database, documents: Documents) -> None:
         self._runtime = runtime
+        self._documents = documents
         self._database = database
         self._store = ResponseStore(database)
         self.contexts = Contexts(database)
-        self.background = Background(runtime, database, self.contexts)
+        self.background = Background(runtime, database, self.contexts, documents)
 
     async def start(self, request: ResponseRequest, arrived: float) -> ResponseRun:
         """Begin a response that its client waits for.
@@ -54,7 +58,13 @@ class Responses:
         context = [*await self.contexts.history(request), *items]
         body = new_body(request, served.info.id, "in_progress")
         running = await start_chat(
-            served, request, context, body, metrics=self._runtime.metrics, arrived=arrived
+            served,
+            request,
+            context,
+            body,
+            documents=self._documents,
+            metrics=self._runtime.metrics,
+            arrived=arrived,
         )
 
         async def save(body: Json, last: Json, error: Exception | None) -> None:
@@ -97,7 +107,9 @@ class Responses:
         served = self._runtime.resolve(request.model)
         items = await self.contexts.items(request)
         context = [*await self.contexts.history(request), *items]
-        return len(await whole_prompt(served, await as_chat(request, context)))
+        wanted = await self._documents.read(await as_chat(request, context))
+        images = await count_images(wanted, served.info.id, served.tokenizer.encode)
+        return len(await whole_prompt(served, wanted)) - images.read + images.counted
 
     async def get(self, response_id: str) -> StoredResponse:
         """Return a stored response.
