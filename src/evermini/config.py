@@ -288,6 +288,12 @@ class Settings:
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Least severe log line to write.", group="Server"
     )
+    log_format: Literal["auto", "text", "json"] = _setting(
+        "auto",
+        "How log lines are written: text to read, json (an object per line) to collect; auto is text on a terminal and "
+        "json elsewhere.",
+        group="Server",
+    )
     kv_memory: Annotated[int | Literal["auto"], _Parsed(_parse_auto_bytes)] = _setting(
         "auto",
         "Memory for keys and values of one model: a size, or auto to fit the free memory.",

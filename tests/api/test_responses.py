@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import openai
 import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel
+from sqlalchemy import select
 
 from evermini.config import Settings
 from evermini.service.runtime import Runtime, ServedModel
 from evermini.storage.database import Database
+from evermini.storage.jobs import JobRow
 from tests.serving import (
     assert_error,
     make_client,
@@ -513,6 +516,16 @@ class TestBackground:
         assert "maximum context length" in failed.error.message
 
 
+@contextmanager
+def server(runtime: Runtime, settings: Settings) -> Iterator[tuple[openai.OpenAI, Database]]:
+    with (
+        Database.open(settings) as database,
+        serving(runtime, settings, database) as url,
+        make_client(url) as client,
+    ):
+        yield client, database
+
+
 class TestRestart:
     @pytest.fixture
     def settings(self, tmp_path: Path) -> Iterator[Settings]:
@@ -521,12 +534,10 @@ class TestRestart:
     def test_everything_is_there_after_a_restart(
         self, runtime: Runtime, settings: Settings
     ) -> None:
-        with Database.open(settings) as database, serving(runtime, settings, database) as url:
-            client = make_client(url)
+        with server(runtime, settings) as (client, _):
             first = create(client)
             conversation = client.conversations.create(items=[{"role": "user", "content": "Hi"}])
-        with Database.open(settings) as database, serving(runtime, settings, database) as url:
-            client = make_client(url)
+        with server(runtime, settings) as (client, _):
             assert client.responses.retrieve(first.id) == first
             assert create(client, previous_response_id=first.id).output_text
             assert client.conversations.retrieve(conversation.id) == conversation
@@ -544,25 +555,23 @@ class TestRestart:
         form = {"format": {"type": "json_schema", "name": "story", "schema": schema}}
         options = {**LONG, "text": form, "max_output_tokens": 200}
         with Database.open(settings) as database:
-            with serving(runtime, settings, database) as url:
-                queued = create(make_client(url), **options, background=True)
+            with serving(runtime, settings, database) as url, make_client(url) as client:
+                queued = create(client, **options, background=True)
             stored = ResponseStore(database).get(queued.id)
             assert stored
             assert not stored.is_finished
-            with serving(runtime, settings, database) as url:
-                answer = finished(make_client(url), queued.id)
+            with serving(runtime, settings, database) as url, make_client(url) as client:
+                answer = finished(client, queued.id)
             assert answer.status == "incomplete", answer
             assert answer.usage
             assert answer.usage.output_tokens == 200
-            stored = ResponseStore(database).get(queued.id)
-            assert stored
-            assert stored.num_attempts == 2
+            assert database_is_idle(database)
 
     def test_a_stream_that_was_read_ends_as_failed(
         self, runtime: Runtime, settings: Settings
     ) -> None:
-        with Database.open(settings) as database, serving(runtime, settings, database) as url:
-            events = create(make_client(url), **LONG, background=True, stream=True)
+        with server(runtime, settings) as (client, _):
+            events = create(client, **LONG, background=True, stream=True)
             for event in events:
                 if event.type == "response.created":
                     response_id = event.response.id
@@ -570,8 +579,7 @@ class TestRestart:
                     last = event.sequence_number
                     break
             events.response.close()
-        with Database.open(settings) as database, serving(runtime, settings, database) as url:
-            client = make_client(url)
+        with server(runtime, settings) as (client, _):
             rest = list(client.responses.retrieve(response_id, stream=True, starting_after=last))
             assert [event.type for event in rest][-2:] == ["error", "response.failed"]
             numbers = [event.sequence_number for event in rest]
@@ -582,13 +590,15 @@ class TestRestart:
         self, runtime: Runtime, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its lease runs out; the other server, which shares the database, takes over."""
-        from evermini.storage.responses import Lease, ResponseStore, StoredResponse
+        from evermini.service import jobs
+        from evermini.storage.jobs import JobStore
+        from evermini.storage.responses import JOB, ResponseStore, StoredResponse
 
-        monkeypatch.setattr("evermini.service.responses.background.RENEW_SECONDS", 0.1)
-        with Database.open(settings) as database, serving(runtime, settings, database) as url:
-            client = make_client(url)
-            template = create(client).model_dump(mode="json")
-            body = {**template, "id": "resp_orphan", "status": "in_progress", "background": True}
+        monkeypatch.setattr(jobs, "POLL_SECONDS", 0.1)
+        with Database.open(settings) as database:
+            with serving(runtime, settings, database) as url, make_client(url) as client:
+                template = create(client).model_dump(mode="json")
+            body = {**template, "status": "in_progress", "background": True, "output": []}
             request = {"model": MODEL, "input": "Hi", "background": True, "max_output_tokens": 4}
             items = [
                 {
@@ -598,19 +608,62 @@ class TestRestart:
                     "content": [{"type": "input_text", "text": "Hi"}],
                 }
             ]
-            store = ResponseStore(database)
-            orphan = StoredResponse({**body, "output": []}, items, request, num_attempts=1)
-            store.add(orphan, lease=Lease("somebody else", time.time() + 0.5))
-            assert client.responses.retrieve("resp_orphan").status == "in_progress"
-            assert finished(client, "resp_orphan").status == "incomplete"
-            worn = {**body, "id": "resp_worn", "output": []}
-            store.add(
-                StoredResponse(worn, items, request, num_attempts=3),
-                lease=Lease("somebody else", 0.0),
-            )
-            error = finished(client, "resp_worn").error
-            assert error
-            assert error.code == "server_error"
+            store, job_store = ResponseStore(database), JobStore(database)
+            for name in ("resp_worn", "resp_orphan"):
+                store.submit(StoredResponse({**body, "id": name}, items, request), [])
+            for _ in range(3):
+                assert job_store.claim("a dead one", [JOB], -1)  # the oldest, three times
+            with serving(runtime, settings, database) as url, make_client(url) as client:
+                error = finished(client, "resp_worn").error
+                assert error
+                assert error.code == "server_error"
+                assert finished(client, "resp_orphan").status == "incomplete"
+            assert database_is_idle(database)
+
+    def test_what_waits_for_a_place_is_queued_and_cancelled_there(
+        self, runtime: Runtime, tmp_path: Path
+    ) -> None:
+        settings = Settings(home=tmp_path, drain_timeout=0, max_num_seqs=1)
+        with server(runtime, settings) as (client, database):
+            first, second, third = (create(client, **LONG, background=True) for _ in range(3))
+            wait_for(lambda: client.responses.retrieve(first.id).status == "in_progress")
+            assert client.responses.retrieve(second.id).status == "queued"
+            assert client.responses.cancel(second.id).status == "cancelled"
+            client.responses.cancel(first.id)
+            wait_for(lambda: client.responses.retrieve(third.id).status == "in_progress")
+            client.responses.delete(third.id)
+            assert client.responses.retrieve(second.id).status == "cancelled"
+            assert database_is_idle(database)
+
+    def test_the_tokens_count_for_who_asked_whichever_server_answers(
+        self, runtime: Runtime, settings: Settings
+    ) -> None:
+        from evermini.service.access import new_key
+        from evermini.storage.keys import KeyStore
+        from evermini.storage.usage import UsageStore
+
+        secret, key = new_key("laptop")
+        with Database.open(settings) as database:
+            KeyStore(database).add(key)
+            with (
+                serving(runtime, settings, database) as url,
+                make_client(url, api_key=secret) as client,
+            ):
+                options = {**LONG, "max_output_tokens": 300}
+                queued = create(client, **options, background=True)
+            with (
+                serving(runtime, settings, database) as url,
+                make_client(url, api_key=secret) as client,
+            ):
+                finished(client, queued.id)
+            totals = UsageStore(database).totals(0, int(time.time()) + 60, group_by=("key_id",))
+            assert [total.group["key_id"] for total in totals] == [key.id]
+
+
+def database_is_idle(database: Database) -> bool:
+    """Whether no job is left in it."""
+    with database.reading() as session:
+        return not session.scalars(select(JobRow)).all()
 
 
 WEATHER = {

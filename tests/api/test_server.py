@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,9 @@ import pytest
 
 from evermini.api import sse
 from evermini.config import Settings
+from evermini.errors import StorageError
 from evermini.service.runtime import Runtime, ServedModel
+from evermini.storage.database import Database
 from tests.fakes import TinyModel
 from tests.serving import (
     CHAT,
@@ -182,7 +185,37 @@ class TestCors:
 class TestMonitoring:
     def test_health_and_readiness(self, base_url: str) -> None:
         assert httpx.get(f"{base_url}/healthz").json() == {"status": "ok"}
-        assert httpx.get(f"{base_url}/readyz").json() == {"status": "ready"}
+        ready = httpx.get(f"{base_url}/readyz")
+        checks = {"engine": "ok", "database": "ok", "files": "ok"}
+        assert (ready.status_code, ready.json()) == (200, {"status": "ready", "checks": checks})
+
+    @pytest.mark.parametrize("what", ["database", "files"])
+    def test_what_fails_makes_it_unready_not_dead(
+        self, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    ) -> None:
+        monkeypatch.setattr("evermini.service.readiness.CHECK_SECONDS", 0.0)
+        settings = Settings(home=tmp_path)
+        broken = True
+
+        def refuse(*args: object) -> None:
+            if broken:
+                raise StorageError("secret-host is down")
+
+        with Database.open(settings) as database, serving(runtime, settings, database) as url:
+            assert httpx.get(f"{url}/readyz").status_code == 200
+            target = {
+                "database": "evermini.service.readiness.Readiness._ask_database",
+                "files": "evermini.storage.blobs.BlobStore.check",
+            }
+            monkeypatch.setattr(target[what], refuse)
+            answer = httpx.get(f"{url}/readyz")
+            assert answer.status_code == 503
+            assert answer.json()["status"] == "unavailable"
+            assert answer.json()["checks"][what] == "failing"
+            assert "secret-host" not in answer.text
+            assert httpx.get(f"{url}/healthz").status_code == 200
+            broken = False
+            assert httpx.get(f"{url}/readyz").status_code == 200
 
     def test_metrics(self, base_url: str) -> None:
         with make_client(base_url) as client:

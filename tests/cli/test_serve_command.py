@@ -1,11 +1,19 @@
 """``evermini serve`` as a process: ready line, real clients, graceful end, refusals."""
 
+import json
+import signal
 import socket
 import threading
 import time
 
+import httpx
 import openai
 import pytest
+from sqlalchemy import make_url, select
+
+from evermini.storage.database import Database
+from evermini.storage.jobs import JobRow
+from tests.serving import wait_for
 
 STORY = [{"role": "user", "content": "Tell me a long story."}]
 
@@ -53,6 +61,43 @@ def test_serves_openai_clients_and_lets_them_finish_on_sigterm(start_server):
     assert "Stopping: 1 running requests get 30 s" in stopped.out
     assert '"path": "/v1/chat/completions", "status": 200' in stopped.err
     assert "sesame" not in stopped.out + stopped.err
+
+
+def test_while_it_drains_new_requests_are_refused_and_work_is_given_back(start_server, tmp_path):
+    server = start_server()
+    line = {"custom_id": "{}", "method": "POST", "url": "/v1/chat/completions"}
+    body = {"model": "gpt-4.1-nano", "messages": STORY, "max_tokens": 20}
+    lines = [json.dumps({**line, "custom_id": str(n), "body": body}) for n in range(400)]
+    with client(server) as openai_client:
+        file = openai_client.files.create(
+            file=("lines.jsonl", "\n".join(lines).encode()), purpose="batch"
+        )
+        batch = openai_client.batches.create(
+            input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+        )
+        while openai_client.batches.retrieve(batch.id).request_counts.completed < 1:
+            time.sleep(0.05)
+        stream = openai_client.chat.completions.create(
+            model="gpt-4.1-nano", messages=STORY, stream=True, max_tokens=300, temperature=0,
+            logit_bias={"2": -100},
+        )  # fmt: skip
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        root = server.base_url.removesuffix("/v1")
+        while (answer := httpx.get(f"{root}/readyz")).status_code == 200:
+            time.sleep(0.02)
+        assert answer.json()["status"] == "draining"
+        assert httpx.get(f"{root}/healthz").status_code == 200
+        with pytest.raises(openai.InternalServerError) as caught:
+            openai_client.models.list()
+        assert caught.value.status_code == 503
+        assert "retry-after" in caught.value.response.headers
+        assert "shutting down" in caught.value.message
+        with Database(make_url("sqlite:///evermini.db")) as database, database.reading() as session:
+            wait_for(lambda: session.scalars(select(JobRow.owner)).all() == [None])
+        assert len(list(stream)) > 200
+    server.process.communicate(timeout=30)
+    assert server.process.returncode == 0
 
 
 def test_after_the_drain_timeout_clients_are_told(start_server):

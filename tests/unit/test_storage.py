@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import pkgutil
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -13,13 +14,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import URL, inspect, make_url, text
+from sqlalchemy import URL, create_engine, inspect, make_url, text
 
 from evermini import storage
 from evermini.config import Settings
@@ -30,8 +32,10 @@ from evermini.storage.chats import ChatStore
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database, database_url
 from evermini.storage.files import FileStore, StoredFile
+from evermini.storage.jobs import Job, JobStore, LeaseLostError, enqueue
 from evermini.storage.keys import KeyStore
-from evermini.storage.responses import Addition, Lease, ResponseStore, StoredResponse
+from evermini.storage.responses import JOB as RESPONSE_JOB
+from evermini.storage.responses import Addition, ResponseStore, StoredResponse
 from evermini.storage.schema import Base, Cursor
 from evermini.storage.usage import Filter, UsageStore, Used
 from tests.databases import postgres_server
@@ -49,8 +53,6 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[URL]:
     if request.param == "sqlite":
         yield URL.create("sqlite", database=str(tmp_path / "evermini.db"))
         return
-    from sqlalchemy import create_engine
-
     server = make_url(request.getfixturevalue("postgres")).set(drivername="postgresql+psycopg")
     name = f"test_{time.time_ns()}"
     admin = create_engine(server, isolation_level="AUTOCOMMIT")
@@ -338,26 +340,33 @@ class TestResponses:
         assert [link.id for link in store.chain("d")] == ["c", "d"]
         assert store.chain("nobody") == []
 
-    def test_the_owner_finishes_once(self, database: Database) -> None:
+    def test_the_owner_of_the_job_finishes_it_once(self, database: Database) -> None:
         store, conversations = ResponseStore(database), ConversationStore(database)
         conversations.add("conv_1", {}, [])
-        lease = Lease("me", time.time() + 60)
-        store.add(response("r", status="queued", is_resumable=True), lease=lease)
-        events = [{"sequence_number": n, "type": "x"} for n in range(5)]
+        events = [{"sequence_number": n, "type": "x"} for n in range(6)]
+        store.submit(response("r", status="queued", is_resumable=True), events[:1])
+        job = JobStore(database).claim("me", [RESPONSE_JOB], 60)
+        assert job
+        other = replace(job, owner="you")
         body = response("r", status="in_progress").body
-        assert store.save(body, "me", events[:2])
-        assert store.append_events("r", "me", events[2:4])
-        assert not store.append_events("r", "you", events[4:])
+        store.save(body, job, events[1:3])
+        store.append_events("r", job, events[3:5])
+        with pytest.raises(LeaseLostError):
+            store.append_events("r", other, events[5:])
         done = response("r").body
         addition = Addition("conv_1", [{"id": "msg_1"}])
-        assert store.save(done, "me", events[4:], addition)
-        assert not store.save(body, "me", [])
+        with pytest.raises(LeaseLostError):
+            store.save(done, other, events[5:], addition)
+        store.save(done, job, events[5:], addition)
+        with pytest.raises(LeaseLostError):
+            store.save(body, job, [])
         stored = store.get("r")
         assert stored
         assert stored.is_finished
         assert store.events("r", -1, 100) == events
         assert store.events("r", 1, 2) == events[2:4]
         assert conversations.items("conv_1") == [{"id": "msg_1"}]
+        assert JobStore(database).claim("me", [RESPONSE_JOB], 60) is None
 
     def test_a_response_outlives_its_conversation(self, database: Database) -> None:
         store = ResponseStore(database)
@@ -366,55 +375,97 @@ class TestResponses:
 
     def test_cancelling_ends_the_owners_say(self, database: Database) -> None:
         store = ResponseStore(database)
-        lease = Lease("me", time.time() + 60)
-        store.add(response("r", status="in_progress"), lease=lease)
+        store.submit(response("r", status="queued"), [])
+        job = JobStore(database).claim("me", [RESPONSE_JOB], 60)
+        assert job
         cancelled = store.cancel("r")
         assert cancelled
         assert cancelled.body["status"] == "cancelled"
-        assert not store.save(response("r").body, "me", [])
-        assert store.renew(lease, ["r"]) == set()
+        with pytest.raises(LeaseLostError):
+            store.save(response("r").body, job, [])
+        with pytest.raises(LeaseLostError):
+            JobStore(database).renew(job, 60)
         store.add(response("done"))
         finished = store.cancel("done")
         assert finished
         assert finished.body["status"] == "completed"
         assert store.cancel("nobody") is None
 
-    def test_only_leases_that_ran_out_are_claimed_each_once(self, database: Database) -> None:
+    def test_deletion_takes_the_events_and_the_job_along(self, database: Database) -> None:
         store = ResponseStore(database)
-        now = time.time()
-        store.add(response("live", status="in_progress"), lease=Lease("a", now + 60))
-        for number in range(6):
-            old = response(f"old{number}", status="in_progress")
-            store.add(old, lease=Lease("a", now - 1))
-        with ThreadPoolExecutor(4) as pool:
-            claims = pool.map(
-                lambda who: store.claim(Lease(who, now + 60), now=now, limit=2), "wxyz"
-            )
-            claimed = [r.id for claim in claims for r in claim]
-        assert len(claimed) == len(set(claimed))
-        claimed += [r.id for r in store.claim(Lease("v", now + 60), now=now, limit=9)]
-        assert sorted(claimed) == [f"old{n}" for n in range(6)]
-        taken = store.get("old0")
-        assert taken
-        assert taken.num_attempts == 1
-        assert store.renew(Lease("a", now + 90), ["live", "old0"]) == {"live"}
-        store.release("a")
-        assert [r.id for r in store.claim(Lease("v", now + 60), now=now, limit=9)] == ["live"]
-
-    def test_deletion_takes_the_events_along(self, database: Database) -> None:
-        store = ResponseStore(database)
-        store.add(response("r", status="queued"), lease=Lease("me", time.time() + 60))
-        store.append_events("r", "me", [{"sequence_number": 0}])
+        store.submit(response("r", status="queued"), [{"sequence_number": 0}])
+        job = JobStore(database).claim("me", [RESPONSE_JOB], 60)
+        assert job
         assert store.delete("r")
         assert not store.delete("r")
         assert store.events("r", -1, 10) == []
-        assert not store.save(response("r").body, "me", [])
+        with pytest.raises(LeaseLostError):
+            store.save(response("r").body, job, [])
+
+
+def test_jobs_are_claimed_once_until_their_lease_runs_out(database: Database) -> None:
+    jobs = JobStore(database)
+    with database.writing() as session:
+        for number in range(7):
+            enqueue(session, "kind", f"job{number}")
+        enqueue(session, "other", "else")
+    live = jobs.claim("a", ["kind"], 60)
+    assert live == Job("kind", "job0", 1, "a")
+    assert jobs.claim("a", ["kind"], 0) == Job("kind", "job1", 1, "a")  # runs out at once
+    with ThreadPoolExecutor(4) as pool:
+        claims = pool.map(lambda who: jobs.claim(who, ["kind"], 60), "wxyz")
+        claimed = [job for job in claims if job]
+    while job := jobs.claim("v", ["kind"], 60):
+        claimed.append(job)
+    assert sorted(job.subject for job in claimed) == [f"job{n}" for n in range(1, 7)]
+    jobs.renew(live, 90)
+    jobs.retry(live, 60)
+    with pytest.raises(LeaseLostError):
+        jobs.renew(live, 90)
+    assert jobs.claim("v", ["kind"], 9) is None  # not due yet
+    jobs.retry(claimed[0], 0)
+    assert jobs.claim("v", ["kind"], 9) == replace(
+        claimed[0], owner="v", attempt=claimed[0].attempt + 1
+    )
+
+
+def test_unfinished_responses_of_earlier_versions_become_jobs(url: URL, tmp_path: Path) -> None:
+    scripts = tmp_path / "until-0006"
+    shutil.copytree(migrate_module.SCRIPTS, scripts)
+    for path in (scripts / "versions").glob("0*.py"):
+        if path.name[:4] > "0006":
+            path.unlink()
+    engine = create_engine(url)
+    migrate_module.migrate(engine, scripts)
+    columns = "id, status, body, items, request, is_resumable, owner, lease_expires, num_attempts"
+    with engine.begin() as connection:
+        for name, status, expires, attempts in (
+            ("done", "completed", "NULL", 1),
+            ("orphan", "in_progress", "5", 2),
+            ("new", "queued", "1e12", 1),
+        ):
+            connection.execute(
+                text(
+                    f"INSERT INTO responses ({columns}) VALUES ('{name}', '{status}', "
+                    f"'{{\"id\": \"{name}\"}}', '[]', '{{}}', {False}, 'me', {expires}, {attempts})"
+                )
+            )
+    engine.dispose()
+    with Database(url) as database:
+        jobs = JobStore(database)
+        found = [jobs.claim("me", [RESPONSE_JOB], 60) for _ in range(3)]
+        assert found == [
+            Job("response", "orphan", 3, "me"),
+            Job("response", "new", 2, "me"),
+            None,
+        ]
+        stored = ResponseStore(database).get("orphan")
+        assert stored
+        assert (stored.body, stored.caller) == ({"id": "orphan"}, None)
 
 
 def newer_scripts(folder: Path, change: str) -> Path:
     """The shipped revisions and one more."""
-    import shutil
-
     scripts = folder / "migrations"
     shutil.copytree(migrate_module.SCRIPTS, scripts)
     head = max(path.name[:4] for path in (scripts / "versions").glob("0*.py"))

@@ -33,7 +33,13 @@ from evermini.api import (
     usage,
 )
 from evermini.api.conformance import ConformanceFixtures
-from evermini.api.middleware import EXPOSED_HEADERS, Authentication, BodyLimit, RequestContext
+from evermini.api.middleware import (
+    EXPOSED_HEADERS,
+    Authentication,
+    BodyLimit,
+    Draining,
+    RequestContext,
+)
 from evermini.config import Settings
 from evermini.service.access import Access
 from evermini.service.batches.requests import BatchService
@@ -42,12 +48,26 @@ from evermini.service.documents import Documents
 from evermini.service.files import FileService
 from evermini.service.jobs import JobRunner
 from evermini.service.metering import Meter
+from evermini.service.readiness import Readiness
 from evermini.service.responses.service import Responses
 from evermini.service.runtime import Runtime
 from evermini.service.uploads import UploadService
-from evermini.storage.batches import JOB
+from evermini.storage.batches import JOB as BATCH_JOB
 from evermini.storage.blobs import BlobStore
 from evermini.storage.database import Database
+from evermini.storage.responses import JOB as RESPONSE_JOB
+
+NUM_BATCHES = 4
+"""Batches that a process works on at the same time."""
+
+
+def drain(app: FastAPI) -> None:
+    """Take no new requests, and give work back that can go on elsewhere; call this in the event loop.
+
+    What runs goes on: requests, and background responses until the application ends.
+    """
+    app.state.readiness.is_draining = True
+    app.state.jobs.drain()
 
 
 def create_app(runtime: Runtime, database: Database, settings: Settings) -> FastAPI:
@@ -58,7 +78,12 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         database: Where answers are stored; not closed either.
         settings: Keys, origins, limits, and where files are stored.
     """
-    middleware = [Middleware(RequestContext, metrics=runtime.metrics)]
+    blobs = BlobStore.open(settings)
+    readiness = Readiness(runtime, database, blobs)
+    middleware = [
+        Middleware(RequestContext, metrics=runtime.metrics),
+        Middleware(Draining, readiness=readiness),
+    ]
     if settings.cors_origins:
         middleware.append(
             Middleware(
@@ -78,19 +103,17 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     )
     if settings.conformance_fixtures:
         middleware.append(Middleware(ConformanceFixtures, database=database))
-    stored = FileService(database, BlobStore.open(settings))
+    stored = FileService(database, blobs)
     documents = Documents(stored)
-    service = Responses(runtime, database, documents)
+    jobs = JobRunner(database)
+    service = Responses(runtime, database, documents, jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        jobs: JobRunner = app.state.jobs
         meter.start()
         jobs.start()
-        service.background.start()
         yield
-        await service.background.stop(settings.drain_timeout)
-        await jobs.stop()
+        await jobs.stop(settings.drain_timeout)
         await meter.stop()
         documents.close()
 
@@ -112,7 +135,10 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     worker = BatchWorker(
         database, app.state.files, batches.executor(app), num_requests=settings.batch_requests
     )
-    app.state.jobs = JobRunner(database, {JOB: worker})
+    jobs.handle(BATCH_JOB, worker, num_slots=NUM_BATCHES)
+    jobs.handle(RESPONSE_JOB, service.background, num_slots=settings.max_num_seqs, finishes=True)
+    app.state.jobs = jobs
+    app.state.readiness = readiness
     app.state.responses = service
     for module in (
         chat,

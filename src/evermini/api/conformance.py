@@ -30,7 +30,7 @@ from evermini.service.responses.schemas import parse_response
 from evermini.storage.chats import ChatStore
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
-from evermini.storage.responses import Lease, ResponseStore, StoredResponse
+from evermini.storage.responses import ResponseStore, StoredResponse
 
 RESPONSES = ("resp_677efb5139a88190b512bc3fef8e535d", "resp_123", "response_id")
 COMPLETIONS = ("completion_id", "after")
@@ -105,14 +105,7 @@ def seed(database: Database) -> None:
     for response_id in RESPONSES:
         if responses.get(response_id) is None:
             stored, events = _response(response_id)
-            lease = Lease("conformance", time.time() + 60)
-            responses.add(
-                StoredResponse(
-                    {**stored.body, "status": "in_progress"}, stored.items, stored.request, True
-                ),
-                lease=lease,
-            )
-            responses.save(stored.body, lease.owner, events)
+            responses.add(stored, events=events)
 
 
 def _item(item_id: str) -> Json:

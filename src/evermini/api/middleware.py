@@ -1,6 +1,7 @@
 """What surrounds every request, as plain ASGI so that streams and disconnects pass through untouched.
 
 RequestContext      request id, timing headers, access log, request counter, last resort for errors
+Draining            refuses new requests when the server is about to end
 CORS                only if origins are configured
 Authentication      who asks, and whether they may
 BodyLimit           counts the body while it comes in
@@ -22,10 +23,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evermini.api.errors import error_response
-from evermini.errors import EverminiError, RequestTooLargeError
+from evermini.errors import EngineStoppedError, EverminiError, RequestTooLargeError
 from evermini.service.access import Access
 from evermini.service.caller import Caller, current_caller
 from evermini.service.metrics import Metrics
+from evermini.service.readiness import Readiness
 
 log = structlog.get_logger("evermini.api")
 
@@ -107,8 +109,35 @@ class RequestContext:
             path=scope["path"],
             status=int(shown),
             ms=round(1000 * (time.perf_counter() - arrived)),
+            **({"key": key_id} if (key_id := scope["state"].get("key_id")) else {}),
             **({"client_request_id": client_id[:512]} if client_id else {}),
         )
+
+
+class Draining:
+    """Refuses what comes in while the server lets running requests finish; probes go on being answered."""
+
+    def __init__(self, app: ASGIApp, *, readiness: Readiness) -> None:
+        self._app = app
+        self._readiness = readiness
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if (
+            scope["type"] != "http"
+            or not self._readiness.is_draining
+            or scope["path"] in PROBES
+            or INTERNAL in scope
+        ):
+            await self._app(scope, receive, send)
+            return
+        error = EngineStoppedError(
+            "The server is shutting down and takes no new requests. Send the request again: another server will "
+            "answer, or this one after its restart."
+        )
+        response = error_response(error)
+        response.headers["connection"] = "close"
+        await response(scope, receive, send)
 
 
 class Authentication:
@@ -154,6 +183,7 @@ class Authentication:
                 MutableHeaders(scope=message).update(self._access.headers(key))
             await send(message)
 
+        scope["state"]["key_id"] = caller.key_id
         token = current_caller.set(caller)
         try:
             await self._app(scope, receive, send_with_limits)

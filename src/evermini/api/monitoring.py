@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from evermini.api.errors import JsonResponse
 from evermini.service.metrics import CONTENT_TYPE
+from evermini.service.readiness import Readiness
 from evermini.service.runtime import Runtime
 
 router = APIRouter()
@@ -21,11 +22,15 @@ async def health() -> Response:
 
 @router.get("/readyz")
 async def ready(request: Request) -> Response:
-    """Every engine takes requests; 503 while one does not."""
-    runtime: Runtime = request.app.state.runtime
-    if runtime.is_ready:
-        return JsonResponse({"status": "ready"})
-    return JsonResponse({"status": "unavailable"}, status_code=503)
+    """Engines, database and files work, and the server is not about to end; 503 while that is not so."""
+    readiness: Readiness = request.app.state.readiness
+    checks = await readiness.check()
+    states = {name: "ok" if works else "failing" for name, works in checks.items()}
+    if readiness.is_draining:
+        return JsonResponse({"status": "draining", "checks": states}, status_code=503)
+    if all(checks.values()):
+        return JsonResponse({"status": "ready", "checks": states})
+    return JsonResponse({"status": "unavailable", "checks": states}, status_code=503)
 
 
 @router.get("/metrics")

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def serve(loaded: LoadedSettings) -> None:
     """Serve the OpenAI-compatible API until told to stop.
 
-    Weights that are not on disk yet are fetched first. Ctrl-C or SIGTERM stops it gracefully: no new requests, and
-    --drain-timeout seconds for the running ones; a second Ctrl-C stops it at once.
+    Weights that are not on disk yet are fetched first. Ctrl-C or SIGTERM stops it gracefully: new requests are
+    refused with 503, and the running ones get --drain-timeout seconds; a second Ctrl-C stops it at once.
     """
     import time
     from contextlib import ExitStack
@@ -30,7 +30,7 @@ def serve(loaded: LoadedSettings) -> None:
     from evermini.storage.database import Database
     from evermini.storage.keys import KeyStore
 
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format, settings.api_keys)
     with Database.open(settings) as database, ExitStack() as stack:
         has_keys = bool(settings.api_keys) or KeyStore(database).any_valid(time.time())
         # Before the weights: a taken port is known at once.

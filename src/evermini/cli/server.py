@@ -9,9 +9,10 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
+from fastapi import FastAPI
 
 from evermini import __version__
-from evermini.api.app import create_app
+from evermini.api.app import create_app, drain
 from evermini.config import Settings
 from evermini.service.runtime import Runtime
 from evermini.storage.database import Database
@@ -24,8 +25,9 @@ def run_server(
     runtime: Runtime, database: Database, settings: Settings, listener: socket.socket
 ) -> None:
     """Serve until SIGINT or SIGTERM, then let running requests finish."""
+    app = create_app(runtime, database, settings)
     config = uvicorn.Config(
-        create_app(runtime, database, settings),
+        app,
         lifespan="on",  # a start that fails must not go on in silence
         log_config=None,
         access_log=False,
@@ -33,12 +35,15 @@ def run_server(
         timeout_graceful_shutdown=settings.drain_timeout + LAST_WORDS_SECONDS,
     )
     with _signals_are_handled():
-        _Server(config, runtime, settings.drain_timeout).run(sockets=[listener])
+        _Server(config, app, runtime, settings.drain_timeout).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, runtime: Runtime, drain_timeout: int) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, runtime: Runtime, drain_timeout: int
+    ) -> None:
         super().__init__(config)
+        self._app = app
         self._runtime = runtime
         self._drain_timeout = drain_timeout
 
@@ -49,15 +54,24 @@ class _Server(uvicorn.Server):
             print(_ready_lines(self._runtime, sockets[0]), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for running requests; when their time is up, end them with an error that their clients get to read."""
-        num_running = len(self.server_state.tasks)
-        if num_running:
+        """Wait for running requests; when their time is up, end them with an error that their clients get to read.
+
+        Meanwhile the server still listens: who comes now is told to come again, instead of meeting a closed port.
+        """
+        drain(self._app)
+        running = set(self.server_state.tasks)
+        if running:
             seconds = f"{self._drain_timeout} s" if self._drain_timeout else "no time"
-            print(f"Stopping: {num_running} running requests get {seconds} to finish.", flush=True)
+            print(f"Stopping: {len(running)} running requests get {seconds} to finish.", flush=True)
         loop = asyncio.get_running_loop()
         too_late = loop.call_later(
             self._drain_timeout, lambda: loop.run_in_executor(None, self._runtime.close, 0.0)
         )
+        until = loop.time() + self._drain_timeout + LAST_WORDS_SECONDS
+        # What ends the wait are flags that uvicorn sets, not events.
+        while running & self.server_state.tasks and not self.force_exit and loop.time() < until:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        self.config.timeout_graceful_shutdown = LAST_WORDS_SECONDS
         await super().shutdown(sockets=sockets)
         too_late.cancel()
 

@@ -11,9 +11,13 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
 
 from evermini.errors import StorageError
 from evermini.storage.database import Database
@@ -36,35 +40,76 @@ Handler = Callable[[Job], Awaitable[None]]
 """Does a job, and ends it in the database as its last change."""
 
 
+class LeaveJobError(Exception):
+    """Raised by a handler that cannot go on in this process, and may in another: the job is tried again later."""
+
+
+@dataclass
+class _Kind:
+    handler: Handler
+    free_slots: int
+    finishes: bool
+
+
 class JobRunner:
-    """The jobs that this process works on.
+    """The jobs that this process works on: `handle` says which, `start` begins, `stop` ends.
 
     Args:
         database: Where they are.
-        handlers: What does the jobs of each kind.
-        num_slots: Jobs at a time.
     """
 
-    def __init__(
-        self, database: Database, handlers: Mapping[str, Handler], *, num_slots: int = 4
-    ) -> None:
+    def __init__(self, database: Database) -> None:
         self._database = database
         self._store = JobStore(database)
-        self._handlers = handlers
+        self._kinds: dict[str, _Kind] = {}
         self._owner = uuid.uuid4().hex
-        self._free_slots = asyncio.Semaphore(num_slots)
         self._news = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[Job, asyncio.Task[None]] = {}
         self._finder: asyncio.Task[None] | None = None
         self._failures: Counter[str] = Counter()
+        self._drained_at: float | None = None
+
+    def handle(
+        self, kind: str, handler: Handler, *, num_slots: int, finishes: bool = False
+    ) -> None:
+        """Work on a kind of jobs.
+
+        Args:
+            kind: The kind.
+            handler: What does them.
+            num_slots: How many at a time.
+            finishes: When the process is to end, they get time to finish: the next process would have to begin anew.
+        """
+        self._kinds[kind] = _Kind(handler, num_slots, finishes)
 
     def start(self) -> None:
         """Begin to look for jobs. Needs the event loop."""
         self._finder = asyncio.create_task(self._find())
 
-    async def stop(self) -> None:
-        """Leave everything to the next process; what is in work goes on there from its last stored progress."""
-        tasks = [*([self._finder] if self._finder else []), *self._tasks]
+    def drain(self) -> None:
+        """Look for no more jobs, and give those back that can go on elsewhere."""
+        if self._drained_at is None:
+            self._drained_at = time.monotonic()
+            self._news.set()
+            for job, task in self._tasks.items():
+                if not self._kinds[job.kind].finishes:
+                    task.cancel()
+
+    async def stop(self, seconds: float = 0.0) -> None:
+        """Leave everything to the next process; what is in work goes on there from its last stored progress.
+
+        Args:
+            seconds: What jobs that finish get, counted from `drain`.
+        """
+        self.drain()
+        assert self._drained_at is not None
+        if self._finder is not None:
+            await self._finder
+        left = self._drained_at + seconds - time.monotonic()
+        finishing = [task for job, task in self._tasks.items() if self._kinds[job.kind].finishes]
+        if finishing and left > 0:
+            await asyncio.wait(finishing, timeout=left)
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -73,36 +118,54 @@ class JobRunner:
         """Look for jobs now: this process has just stored one."""
         self._news.set()
 
-    async def _find(self) -> None:
-        while True:
-            await self._free_slots.acquire()
-            try:
-                job = await self._database.run(
-                    self._store.claim, self._owner, list(self._handlers), LEASE_SECONDS
-                )
-            except StorageError as error:
-                log.warning("jobs: %s", error.message)
-                job = None
-            except Exception:  # whatever it is, the others' jobs must go on
-                log.exception("jobs: cannot look for work")
-                job = None
-            except BaseException:
-                self._free_slots.release()
-                raise
-            if job is not None:
-                task = asyncio.create_task(self._work(job))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-                continue
-            self._free_slots.release()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self._news.wait()
-            self._news.clear()
+    def abandon(self, subject: str) -> None:
+        """Stop the work on a job that was deleted; other processes notice when they renew their lease."""
+        for job, task in self._tasks.items():
+            if job.subject == subject:
+                task.cancel()
 
-    async def _work(self, job: Job) -> None:
+    async def _find(self) -> None:
+        while self._drained_at is None:
+            job = await self._claim()
+            if job is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_SECONDS):
+                        await self._news.wait()
+                self._news.clear()
+            elif self._drained_at is None:
+                self._begin(job)
+            else:
+                await self._give_back(job, 0.0)
+
+    async def _claim(self) -> Job | None:
+        kinds = [name for name, kind in self._kinds.items() if kind.free_slots]
+        if not kinds:
+            return None
         try:
-            work = asyncio.ensure_future(self._handlers[job.kind](job))
+            return await self._database.run(self._store.claim, self._owner, kinds, LEASE_SECONDS)
+        except StorageError as error:
+            log.warning("jobs: %s", error.message)
+        except Exception:  # whatever it is, the others' jobs must go on
+            log.exception("jobs: cannot look for work")
+        return None
+
+    def _begin(self, job: Job) -> None:
+        kind = self._kinds[job.kind]
+        kind.free_slots -= 1
+        task = asyncio.create_task(self._work(job, kind.handler))
+        self._tasks[job] = task
+
+        def ended(_: asyncio.Task[None]) -> None:
+            del self._tasks[job]
+            kind.free_slots += 1
+            self._news.set()
+
+        task.add_done_callback(ended)
+
+    async def _work(self, job: Job, handler: Handler) -> None:
+        structlog.contextvars.bind_contextvars(job=f"{job.kind} {job.subject}")
+        try:
+            work = asyncio.ensure_future(handler(job))
             keeper = asyncio.create_task(self._keep(job, work))
             try:
                 await work
@@ -117,21 +180,21 @@ class JobRunner:
         except asyncio.CancelledError:
             await asyncio.shield(self._give_back(job, 0.0))
             raise
-        except StorageError as error:
-            pause = self._pause(job, MAX_STORAGE_BACKOFF)
-            log.warning(
-                "job %s %s: %s Again in %.0f s.", job.kind, job.subject, error.message, pause
-            )
+        except Exception as error:
+            if isinstance(error, LeaveJobError | StorageError):
+                pause = self._pause(job, MAX_STORAGE_BACKOFF)
+                log.warning("job left: %s Again in %.0f s.", error, pause)
+            else:
+                pause = self._pause(job, MAX_BACKOFF)
+                # As text: renderers that show local variables would write prompts into the log.
+                text = "".join(traceback.format_exception(error))
+                log.error("job failed; again in %.0f s: %s", pause, text)
             await self._give_back(job, pause)
-        except Exception:
-            pause = self._pause(job, MAX_BACKOFF)
-            log.exception("job %s %s failed; again in %.0f s", job.kind, job.subject, pause)
-            await self._give_back(job, pause)
-        finally:
-            self._free_slots.release()
 
     def _pause(self, job: Job, longest: float) -> float:
         """Return how long to wait after another failure in a row; claims after a crash are none."""
+        if self._drained_at is not None:
+            return 0.0  # another process may do better
         self._failures[job.subject] += 1
         return float(min(longest, 2.0 ** min(self._failures[job.subject], 30)))
 

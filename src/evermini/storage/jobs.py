@@ -11,6 +11,7 @@ meantime, finds out at its next write and leaves it alone.
 
 Leases run by the database's clock (`evermini.storage.database.clock`), which all its processes share. When it is set
 back, the leases of dead processes look endless, and so do pauses: what lies further ahead than any could is over.
+Transactions that change a job and its subject lock the job first.
 """
 
 from __future__ import annotations
@@ -121,6 +122,11 @@ class JobStore:
 def enqueue(session: Session, kind: str, subject: str) -> None:
     """Add a job as part of another change."""
     session.add(JobRow(kind=kind, subject=subject, run_after=clock(session), num_attempts=0))
+
+
+def drop(session: Session, subject: str) -> None:
+    """Delete a job that is not wanted any more, whoever works on it, as part of another change."""
+    session.execute(delete(JobRow).where(JobRow.subject == subject))
 
 
 def hold(session: Session, job: Job) -> None:

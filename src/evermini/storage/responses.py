@@ -1,23 +1,25 @@
-"""Responses, the events of those that may be streamed again, and who works on the unfinished ones.
+"""Responses, and the events of those that may be streamed again.
 
-A background response is stored before it is worked on. The process that works on it holds a lease, which it renews
-while it lives; when a lease has run out, any process may claim the response. A finished response is never changed.
+A background response is stored before it is worked on, with a job (`evermini.storage.jobs`): who changes it must hold
+the job, which ends with the change that finishes the response. A finished response is never changed.
 
-    queued | in_progress  (leased)  ->  completed | failed | incomplete | cancelled
+    queued | in_progress  (has a job)  ->  completed | failed | incomplete | cancelled
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Double, ForeignKey, Select, select, update
+from sqlalchemy import ForeignKey, Select, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.conversations import append_items, find_item
 from evermini.storage.database import Database
+from evermini.storage.jobs import Job, drop, enqueue, finish, hold
 from evermini.storage.schema import Base, Json, Number
 
+JOB = "response"
 UNFINISHED = ("queued", "in_progress")
 
 
@@ -34,9 +36,7 @@ class ResponseRow(Base):
     items: Mapped[list[Json]]
     request: Mapped[Json]
     is_resumable: Mapped[bool]
-    owner: Mapped[str | None]
-    lease_expires: Mapped[float | None] = mapped_column(Double, index=True)
-    num_attempts: Mapped[int]
+    caller: Mapped[Json | None]
 
 
 class ResponseEventRow(Base):
@@ -71,14 +71,14 @@ class StoredResponse:
         items: Its own input, each item with an id; not that of the responses before it.
         request: The body of the request.
         is_resumable: Its events are stored, too.
-        num_attempts: How many processes have begun to work on it in the background.
+        caller: Who asked for it, if it is made in the background.
     """
 
     body: Json
     items: list[Json]
     request: Json
     is_resumable: bool = False
-    num_attempts: int = 0
+    caller: Json | None = None
 
     @property
     def id(self) -> str:
@@ -89,14 +89,6 @@ class StoredResponse:
     def is_finished(self) -> bool:
         """Nothing about it will change."""
         return self.body["status"] not in UNFINISHED
-
-
-@dataclass(frozen=True)
-class Lease:
-    """Who works on a response, and until when nobody else may. Times are Unix time in seconds."""
-
-    owner: str
-    expires: float
 
 
 @dataclass(frozen=True)
@@ -117,34 +109,20 @@ class ResponseStore:
         self,
         response: StoredResponse,
         *,
-        lease: Lease | None = None,
+        events: Sequence[Json] = (),
         addition: Addition | None = None,
     ) -> None:
-        """Store a new response; it is on the disk when this returns.
-
-        Args:
-            response: The response.
-            lease: Who will finish it; ``None``: it is finished.
-            addition: What it adds to its conversation.
-        """
+        """Store a finished response, its events, and what it adds to its conversation; all is on the disk then."""
         with self._database.writing() as session:
-            row = ResponseRow(
-                id=response.id,
-                previous_id=response.body["previous_response_id"],
-                status=response.body["status"],
-                body=response.body,
-                items=response.items,
-                request=response.request,
-                is_resumable=response.is_resumable,
-                owner=lease and lease.owner,
-                lease_expires=lease and lease.expires,
-                num_attempts=response.num_attempts,
-            )
-            session.add(row)
-            session.flush()
-            _add_item_ids(session, row)
+            _add_events(session, _add(session, response), events)
             if addition is not None:
                 append_items(session, addition.conversation_id, addition.items)
+
+    def submit(self, response: StoredResponse, events: Sequence[Json]) -> None:
+        """Store a new response, its first events, and the job to finish it."""
+        with self._database.writing() as session:
+            _add_events(session, _add(session, response), events)
+            enqueue(session, JOB, response.id)
 
     def get(self, response_id: str) -> StoredResponse | None:
         """Return a response, ``None`` if there is none of that id."""
@@ -153,8 +131,9 @@ class ResponseStore:
             return None if row is None else _stored(row)
 
     def delete(self, response_id: str) -> bool:
-        """Delete a response and its events; false if there is none of that id."""
+        """Delete a response, its events and its job; false if there is none of that id."""
         with self._database.writing() as session:
+            drop(session, response_id)
             row = session.scalar(_one(response_id))
             if row is not None:
                 session.delete(row)
@@ -198,90 +177,48 @@ class ResponseStore:
     # Unfinished responses
 
     def save(
-        self, body: Json, owner: str, events: Sequence[Json], addition: Addition | None = None
-    ) -> bool:
-        """Replace an unfinished response's object, add events, and if it is finished now, end the lease.
+        self, body: Json, job: Job, events: Sequence[Json], addition: Addition | None = None
+    ) -> None:
+        """Replace an unfinished response's object, add events, and if it is finished now, end the job.
 
-        Returns:
-            Whether it was done: false if the response was cancelled, deleted, or claimed by somebody else.
+        Raises:
+            LeaseLostError: The response was cancelled or deleted, or another process works on it.
         """
+        is_finished = body["status"] not in UNFINISHED
         with self._database.writing() as session:
-            row = session.scalar(_one(body["id"]).with_for_update())
-            if row is None or row.owner != owner:
-                return False
+            (finish if is_finished else hold)(session, job)
+            row = session.scalars(_one(body["id"])).one()
             row.body, row.status = body, body["status"]
             _add_events(session, row.number, events)
-            if row.status not in UNFINISHED:
-                row.owner = row.lease_expires = None
+            if is_finished:
                 _add_item_ids(session, row)
                 if addition is not None:
                     append_items(session, addition.conversation_id, addition.items)
-            return True
 
-    def append_events(self, response_id: str, owner: str, events: Sequence[Json]) -> bool:
-        """Add events to an unfinished response's stream; false as with `save`."""
+    def append_events(self, response_id: str, job: Job, events: Sequence[Json]) -> None:
+        """Add events to an unfinished response's stream.
+
+        Raises:
+            LeaseLostError: As `save` says.
+        """
         with self._database.writing() as session:
-            row = session.scalar(_one(response_id).with_for_update())
-            if row is None or row.owner != owner:
-                return False
-            _add_events(session, row.number, events)
-            return True
+            hold(session, job)
+            number = session.scalars(
+                select(ResponseRow.number).where(ResponseRow.id == response_id)
+            ).one()
+            _add_events(session, number, events)
 
     def cancel(self, response_id: str) -> StoredResponse | None:
         """Make an unfinished response cancelled, whoever works on it; return it as it is then."""
         with self._database.writing() as session:
+            drop(session, response_id)
             row = session.scalar(_one(response_id).with_for_update())
             if row is None:
                 return None
             if row.status in UNFINISHED:
                 row.status = "cancelled"
                 row.body = {**row.body, "status": "cancelled"}
-                row.owner = row.lease_expires = None
             return _stored(row)
-
-    def renew(self, lease: Lease, response_ids: Collection[str]) -> set[str]:
-        """Renew the owner's leases on the responses named.
-
-        Returns:
-            Those that are still the owner's; the others were cancelled, deleted or claimed.
-        """
-        with self._database.writing() as session:
-            renewed = session.scalars(
-                update(ResponseRow)
-                .where(ResponseRow.owner == lease.owner, ResponseRow.id.in_(response_ids))
-                .values(lease_expires=lease.expires)
-                .returning(ResponseRow.id)
-            )
-            return set(renewed)
-
-    def release(self, owner: str) -> None:
-        """End all of an owner's leases at once: others may claim what it has not finished."""
-        with self._database.writing() as session:
-            session.execute(
-                update(ResponseRow).where(ResponseRow.owner == owner).values(lease_expires=0.0)
-            )
-
-    def claim(self, lease: Lease, *, now: float, limit: int) -> list[StoredResponse]:
-        """Take over responses whose lease has run out, oldest first.
-
-        Args:
-            lease: The new one.
-            now: Unix time in seconds.
-            limit: How many at most.
-        """
-        query = (
-            select(ResponseRow)
-            .where(ResponseRow.lease_expires < now)
-            .order_by(ResponseRow.number)
-            .limit(limit)
-            .with_for_update(skip_locked=True)
-        )
-        with self._database.writing() as session:
-            rows = session.scalars(query).all()
-            for row in rows:
-                row.owner, row.lease_expires = lease.owner, lease.expires
-                row.num_attempts += 1
-            return [_stored(row) for row in rows]
 
     def events(self, response_id: str, after: int, limit: int) -> list[Json]:
         """Return the stored events that come after the sequence number ``after``, in order."""
@@ -300,6 +237,24 @@ def _one(response_id: str) -> Select[ResponseRow]:
     return select(ResponseRow).where(ResponseRow.id == response_id)
 
 
+def _add(session: Session, response: StoredResponse) -> int:
+    """Add a row, and return its number."""
+    row = ResponseRow(
+        id=response.id,
+        previous_id=response.body["previous_response_id"],
+        status=response.body["status"],
+        body=response.body,
+        items=response.items,
+        request=response.request,
+        is_resumable=response.is_resumable,
+        caller=response.caller,
+    )
+    session.add(row)
+    session.flush()
+    _add_item_ids(session, row)
+    return row.number
+
+
 def _add_item_ids(session: Session, row: ResponseRow) -> None:
     """Note the ids of the input and of what there is of the output."""
     known = select(ResponseItemRow.id).where(ResponseItemRow.response == row.number)
@@ -315,4 +270,4 @@ def _add_events(session: Session, number: int, events: Sequence[Json]) -> None:
 
 
 def _stored(row: ResponseRow) -> StoredResponse:
-    return StoredResponse(row.body, row.items, row.request, row.is_resumable, row.num_attempts)
+    return StoredResponse(row.body, row.items, row.request, row.is_resumable, row.caller)

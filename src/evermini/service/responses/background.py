@@ -1,7 +1,7 @@
 """Background responses: worked on whether or not a client waits, and taken up again when a process has died.
 
-A response is on the disk before its client hears of it. This process holds a lease on what it works on. Leases that
-nobody renews are claimed by the next process that looks, this one after a restart included. What happens then:
+A response is on the disk before its client hears of it, and a job with it (`evermini.service.jobs`). What happens when
+the job is taken up again, by another process or by this one after a restart:
 
     not begun, or nothing of it shown yet        it is computed, up to `MAX_ATTEMPTS` times in all
     begun as a stream, parts of which were read  it ends as failed: another answer would contradict them
@@ -12,16 +12,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import asdict
+from functools import partial
 
 from evermini.errors import EngineStoppedError, OverloadedError, StorageError
+from evermini.service.caller import Caller, current_caller
 from evermini.service.documents import Documents
+from evermini.service.jobs import JobRunner, LeaveJobError
 from evermini.service.responses.context import Contexts
 from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import Json
 from evermini.service.responses.run import (
+    AbandonedError,
     ResponseRun,
     failure,
     new_writer,
@@ -30,13 +34,11 @@ from evermini.service.responses.run import (
 from evermini.service.responses.schemas import ResponseRequest, parse_response
 from evermini.service.runtime import Runtime
 from evermini.storage.database import Database
-from evermini.storage.responses import Addition, Lease, ResponseStore, StoredResponse
+from evermini.storage.jobs import Job, LeaseLostError
+from evermini.storage.responses import Addition, ResponseStore, StoredResponse
 
 log = logging.getLogger(__name__)
 
-LEASE_SECONDS = 30.0
-"""How long a response waits for a process that has died."""
-RENEW_SECONDS = 5.0
 FLUSH_SECONDS = 0.1
 """How long an event may wait to be stored with others."""
 POLL_SECONDS = 0.1
@@ -44,7 +46,6 @@ POLL_SECONDS = 0.1
 RETRY_SECONDS = 0.5
 """Pause before a full engine is asked again."""
 MAX_ATTEMPTS = 3
-_CLAIM = 16
 _EVENTS = 500
 
 INTERRUPTED: Json = {
@@ -54,37 +55,25 @@ INTERRUPTED: Json = {
 
 
 class Background:
-    """The background responses that this process works on."""
+    """The background responses of one server. Being called is how it handles their jobs."""
 
     def __init__(
-        self, runtime: Runtime, database: Database, contexts: Contexts, documents: Documents
+        self,
+        runtime: Runtime,
+        database: Database,
+        contexts: Contexts,
+        documents: Documents,
+        jobs: JobRunner,
     ) -> None:
         self._runtime = runtime
         self._database = database
         self._contexts = contexts
         self._documents = documents
+        self._jobs = jobs
         self._store = ResponseStore(database)
-        self._owner = uuid.uuid4().hex
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._keeper: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Take up what other processes left, now and from time to time. Needs the event loop."""
-        self._keeper = asyncio.create_task(self._keep())
-
-    async def stop(self, seconds: float) -> None:
-        """Let what runs finish for so many seconds, then leave the rest to the next process."""
-        if self._tasks:
-            await asyncio.wait(list(self._tasks.values()), timeout=seconds)
-        tasks = [*self._tasks.values(), *([self._keeper] if self._keeper else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        with suppress(StorageError):  # the leases run out by themselves
-            await self._database.run(self._store.release, self._owner)
 
     async def submit(self, request: ResponseRequest, items: list[Json], body: Json) -> None:
-        """Store a new response as queued and begin to work on it; it is on the disk when this returns."""
+        """Store a new response as queued; it is on the disk when this returns, and soon worked on."""
         writer = new_writer(body, request)
         events = [writer.snapshot("response.created"), writer.snapshot("response.queued")]
         stored = StoredResponse(
@@ -92,21 +81,22 @@ class Background:
             items=items,
             request=request.model_dump(by_alias=True, exclude_unset=True),
             is_resumable=bool(request.stream),
-            num_attempts=1,
+            caller=asdict(current_caller.get()),
         )
-        await self._database.run(self._store.add, stored, lease=self._lease())
-        self._begin(stored, request, writer, events if stored.is_resumable else [])
+        shown = events if stored.is_resumable else []
+        await self._database.run(self._store.submit, stored, shown)
+        self._jobs.poke()
 
     async def cancel(self, response_id: str) -> StoredResponse | None:
         """Make an unfinished response cancelled, whichever process works on it, and return it as it is then."""
         stored = await self._database.run(self._store.cancel, response_id)
-        self._drop(response_id)
+        self._jobs.abandon(response_id)
         return stored
 
     async def delete(self, response_id: str) -> bool:
         """Delete a response, finished or not; false if there is none of that id."""
         deleted = await self._database.run(self._store.delete, response_id)
-        self._drop(response_id)
+        self._jobs.abandon(response_id)
         return deleted
 
     async def follow(self, response_id: str, after: int) -> AsyncGenerator[Json, None]:
@@ -126,30 +116,43 @@ class Background:
 
     # Work
 
-    def _begin(
-        self,
-        stored: StoredResponse,
-        request: ResponseRequest,
-        writer: EventWriter,
-        events: list[Json],
-    ) -> None:
-        task = asyncio.create_task(self._work(stored, request, writer, events))
-        self._tasks[stored.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(stored.id, None))
+    async def __call__(self, job: Job) -> None:
+        """Finish a response.
+
+        Raises:
+            LeaseLostError: It was cancelled or deleted, or another process has taken over.
+            LeaveJobError: The engine was stopped; another can compute it.
+            StorageError: The database cannot be used; it can be tried again.
+        """
+        stored = await self._database.run(self._store.get, job.subject)
+        if stored is None or stored.is_finished:  # since the job was claimed
+            return
+        current_caller.set(Caller(**(stored.caller or {})))
+        was_shown = stored.is_resumable and stored.body["status"] == "in_progress"
+        if was_shown or job.attempt > MAX_ATTEMPTS:
+            await self._end(job, stored)
+            return
+        if job.attempt > 1:
+            log.info("response %s: taken up again, attempt %s", stored.id, job.attempt)
+        try:
+            request = parse_response(stored.request)
+            writer = new_writer({**stored.body, "status": "queued"}, request)
+        except Exception as error:  # a field of an older version is gone
+            await self._end(job, stored, failure(error))
+            return
+        known = await self._database.run(self._store.events, stored.id, -1, _EVENTS)
+        writer.skip(len(known))
+        await self._work(job, stored, request, writer)
 
     async def _work(
-        self,
-        stored: StoredResponse,
-        request: ResponseRequest,
-        writer: EventWriter,
-        events: list[Json],
+        self, job: Job, stored: StoredResponse, request: ResponseRequest, writer: EventWriter
     ) -> None:
-        log_of = _EventLog(self._database, self._store, self._owner, stored, events)
+        log_of = _EventLog(self._database, self._store, job, stored)
         try:
             try:
                 run = await self._start(stored, request, writer, log_of)
-            except EngineStoppedError:
-                return  # whoever claims it computes it
+            except (EngineStoppedError, StorageError) as error:
+                raise LeaveJobError(error.message) from None
             except Exception as error:
                 await log_of.add(writer.fail(failure(error)))
                 await log_of.save(writer.body, writer.terminal(), error)
@@ -160,10 +163,10 @@ class Background:
                         await log_of.add(event)
             finally:
                 run.abort()
-        except _NotOursError:
-            log.info("response %s was cancelled, deleted or claimed", stored.id)
-        except StorageError as error:  # whoever claims it when the lease has run out sees to it
-            log.error("response %s: %s", stored.id, error.message)
+        except AbandonedError as error:
+            raise error.reason from None
+        if isinstance(run.error, StorageError):  # its end could not be stored
+            raise run.error
 
     async def _start(
         self,
@@ -188,53 +191,7 @@ class Background:
             except OverloadedError:  # nobody waits at the other end: the response can
                 await asyncio.sleep(RETRY_SECONDS)
 
-    def _drop(self, response_id: str) -> None:
-        if task := self._tasks.get(response_id):
-            task.cancel()
-
-    # Leases
-
-    def _lease(self) -> Lease:
-        return Lease(self._owner, time.time() + LEASE_SECONDS)
-
-    async def _keep(self) -> None:
-        while True:
-            try:
-                await self._renew()
-                await self._claim()
-            except StorageError as error:  # the leases hold for a while
-                log.warning("background responses: %s", error.message)
-            except Exception:
-                log.exception("background responses: leases could not be renewed")
-            await asyncio.sleep(RENEW_SECONDS)
-
-    async def _renew(self) -> None:
-        if mine := list(self._tasks):
-            kept = await self._database.run(self._store.renew, self._lease(), mine)
-            for response_id in set(mine) - kept:
-                self._drop(response_id)
-
-    async def _claim(self) -> None:
-        claimed = await self._database.run(
-            self._store.claim, self._lease(), now=time.time(), limit=_CLAIM
-        )
-        for stored in claimed:
-            was_shown = stored.is_resumable and stored.body["status"] == "in_progress"
-            if was_shown or stored.num_attempts > MAX_ATTEMPTS:
-                await self._end(stored)
-                continue
-            log.info("response %s: taken up again, attempt %s", stored.id, stored.num_attempts)
-            try:
-                request = parse_response(stored.request)
-                writer = new_writer({**stored.body, "status": "queued"}, request)
-            except Exception as error:  # the model or a field of an older version is gone
-                await self._end(stored, failure(error))
-                continue
-            known = await self._database.run(self._store.events, stored.id, -1, _EVENTS)
-            writer.skip(len(known))
-            self._begin(stored, request, writer, [])
-
-    async def _end(self, stored: StoredResponse, error: Json = INTERRUPTED) -> None:
+    async def _end(self, job: Job, stored: StoredResponse, error: Json = INTERRUPTED) -> None:
         """Make a response failed that cannot be computed again."""
         writer = EventWriter(stored.body, None)
         after, number = -1, 0
@@ -244,29 +201,20 @@ class Background:
         writer.skip(number)
         events = [writer.fail(error), writer.terminal()]
         shown = events if stored.is_resumable else []
-        await self._database.run(self._store.save, writer.body, self._owner, shown)
-
-
-class _NotOursError(Exception):
-    """The response was cancelled, deleted, or claimed by another process."""
+        await self._database.run(self._store.save, writer.body, job, shown)
 
 
 class _EventLog:
     """Stores one response's progress; for one that is not streamed, only its state."""
 
     def __init__(
-        self,
-        database: Database,
-        store: ResponseStore,
-        owner: str,
-        stored: StoredResponse,
-        pending: list[Json],
+        self, database: Database, store: ResponseStore, job: Job, stored: StoredResponse
     ) -> None:
-        self.pending = pending
         self._database = database
         self._store = store
-        self._owner = owner
+        self._job = job
         self._stored = stored
+        self._pending: list[Json] = []
         self._flushed = 0.0
         self._num_saved = 0
 
@@ -274,26 +222,25 @@ class _EventLog:
         """Take the next event; it is stored at once or, with others, soon after.
 
         Raises:
-            _NotOursError: The response is no longer this process's.
+            AbandonedError: The response is no longer this process's.
+            StorageError: It could not be stored.
         """
         if event["sequence_number"] < self._num_saved:
             return  # the last one, which was stored with the finished response
         if self._stored.is_resumable:
-            self.pending.append(event)
+            self._pending.append(event)
         if event["type"] == "response.in_progress":
             await self._store_state(event["response"], None)
-        elif self.pending and time.monotonic() > self._flushed + FLUSH_SECONDS:
-            done = await self._database.run(
-                self._store.append_events, self._stored.id, self._owner, self.pending
-            )
-            self._after(done)
+        elif self._pending and time.monotonic() > self._flushed + FLUSH_SECONDS:
+            append = self._store.append_events
+            await self._write(partial(append, self._stored.id, self._job, self._pending))
 
     async def save(self, body: Json, last: Json, error: Exception | None) -> None:
         """Store the finished response and its last events, unless the engine was stopped under it."""
         if isinstance(error, EngineStoppedError) and not self._stored.is_resumable:
-            raise _NotOursError  # the next process computes it
+            raise AbandonedError(LeaveJobError(error.message))
         if self._stored.is_resumable:
-            self.pending.append(last)
+            self._pending.append(last)
         self._num_saved = last["sequence_number"] + 1
         addition = None
         if error is None and body["conversation"] is not None:
@@ -302,13 +249,13 @@ class _EventLog:
         await self._store_state(body, addition)
 
     async def _store_state(self, body: Json, addition: Addition | None) -> None:
-        done = await self._database.run(
-            self._store.save, dict(body), self._owner, self.pending, addition
-        )
-        self._after(done)
+        save = self._store.save
+        await self._write(partial(save, dict(body), self._job, self._pending, addition))
 
-    def _after(self, done: bool) -> None:
-        if not done:
-            raise _NotOursError
-        self.pending = []
+    async def _write(self, write: Callable[[], None]) -> None:
+        try:
+            await self._database.run(write)
+        except LeaseLostError as error:
+            raise AbandonedError(error) from None
+        self._pending = []
         self._flushed = time.monotonic()

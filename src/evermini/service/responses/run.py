@@ -90,6 +90,18 @@ def new_writer(body: Json, request: ResponseRequest) -> EventWriter:
     return EventWriter(body, wire.token_logprobs if request.wants_logprobs else None)
 
 
+class AbandonedError(Exception):
+    """Raised by what saves a response that this process is not to finish: nothing is written of it.
+
+    Attributes:
+        reason: Why.
+    """
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 class ResponseRun:
     """A response in flight: iterate `events` or await `collect`, and `abort` if neither is finished."""
 
@@ -122,6 +134,8 @@ class ResponseRun:
             last = writer.terminal()
             await self._save(self.body, last, None)
             yield last
+        except AbandonedError:
+            raise
         except Exception as error:
             self.error = error
             yield writer.fail(failure(error))

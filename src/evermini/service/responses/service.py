@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from evermini.errors import InvalidRequestError, NotFoundError
 from evermini.service.documents import Documents
 from evermini.service.image_tokens import count_images
+from evermini.service.jobs import JobRunner
 from evermini.service.prompting import whole_prompt
 from evermini.service.responses.background import Background
 from evermini.service.responses.context import Contexts
@@ -32,15 +33,18 @@ class Responses:
         runtime: The loaded models.
         database: Where responses are kept.
         documents: Reads images and files.
+        jobs: What works on those that nobody waits for.
     """
 
-    def __init__(self, runtime: Runtime, database: Database, documents: Documents) -> None:
+    def __init__(
+        self, runtime: Runtime, database: Database, documents: Documents, jobs: JobRunner
+    ) -> None:
         self._runtime = runtime
         self._documents = documents
         self._database = database
         self._store = ResponseStore(database)
         self.contexts = Contexts(database)
-        self.background = Background(runtime, database, self.contexts, documents)
+        self.background = Background(runtime, database, self.contexts, documents, jobs)
 
     async def start(self, request: ResponseRequest, arrived: float) -> ResponseRun:
         """Begin a response that its client waits for.
