@@ -18,7 +18,8 @@ from fastapi import FastAPI
 
 from evermini.api.app import create_app
 from evermini.config import Settings
-from evermini.service.runtime import ModelInfo, Runtime, ServedModel, start_worker
+from evermini.service.model_info import ModelInfo
+from evermini.service.runtime import Runtime, ServedModel, start_worker
 from evermini.storage.database import Database
 from tests.fakes import TinyModel, tiny_config
 

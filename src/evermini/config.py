@@ -137,7 +137,8 @@ class Settings:
     model: str = _setting(
         "mini",
         "Tier (nano, mini, full), alias, or path of a GGUF file or safetensors folder; TIER=PATH gives a "
-        "path a tier's names. `serve` takes several, separated by commas.",
+        "path a tier's names, NAME=URL has an OpenAI-compatible engine answer. `serve` takes several, separated by "
+        "commas.",
         group="Model",
         metavar="MODEL",
     )
@@ -180,7 +181,7 @@ class Settings:
     recall_index: str = _setting(
         "auto",
         "Model that finds passages in long prompts: own for the one that answers, or a tier, alias or path; auto takes "
-        "mini for full and own for the rest.",
+        "mini for full and for upstream engines, and own for the rest.",
         group="Recall",
         metavar="auto|own|MODEL",
     )
@@ -197,6 +198,20 @@ class Settings:
         group="Recall",
         shown="16GiB",
         metavar="BYTES",
+    )
+    upstream_key: str | None = _setting(
+        None,
+        "API key that upstream engines (NAME=URL) are asked with; NAME=URL?key=VARIABLE names another one's variable.",
+        group="Upstream",
+        shown="none",
+        metavar="KEY",
+        secret=True,
+    )
+    upstream_timeout: Annotated[int, Ge(1), Le(86_400)] = _setting(
+        600,
+        "Seconds an upstream engine may be silent: until the answer is there, or, in a stream, between two pieces.",
+        group="Upstream",
+        metavar="SECONDS",
     )
     host: str = _setting("127.0.0.1", "Address to listen on.", group="Server", metavar="ADDRESS")
     port: Annotated[int, Ge(0), Le(65535)] = _setting(

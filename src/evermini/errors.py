@@ -32,7 +32,8 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── SourceUnreachableError
     │   ├── ChecksumMismatchError
     │   └── DiskSpaceError
-    ├── UpstreamError                   502: another server that was asked does not answer, or refuses
+    ├── UpstreamError                   502: another server that was asked fails, or refuses
+    │   └── UpstreamUnavailableError    503: it cannot be reached, is not ready, or says nothing
     ├── StorageError                    503: the database or the storage of files cannot be used
     │   └── InsufficientStorageError    507: the disk is full
     └── ConfigError                     a setting that cannot be honoured
@@ -252,9 +253,15 @@ class DiskSpaceError(DownloadError):
 
 
 class UpstreamError(EverminiError):
-    """Another server that was asked does not answer, or refuses."""
+    """Another server that was asked fails, or refuses."""
 
     status = 502
+
+
+class UpstreamUnavailableError(UpstreamError):
+    """Another server that was asked cannot be reached, is not ready, or says nothing; later it may be."""
+
+    status = 503
 
 
 class StorageError(EverminiError):

@@ -28,22 +28,26 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 from anyio.from_thread import start_blocking_portal
 
 from evermini.config import Settings, load_settings
-from evermini.errors import EngineStoppedError
+from evermini.errors import EngineStoppedError, UnsupportedParameterError, UpstreamError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
 from evermini.service.documents import Documents
-from evermini.service.embeddings import Embeddings, embed, parse_embeddings
+from evermini.service.embedded import Embeddings
+from evermini.service.embeddings import embed, parse_embeddings
 from evermini.service.formats import format_of
-from evermini.service.runtime import ModelInfo, load_tier
+from evermini.service.model_info import ModelInfo
+from evermini.service.runtime import ServedModel, load
 from evermini.service.schemas import parse_chat, parse_completion
+from evermini.service.upstream.model import UpstreamModel
 
 if TYPE_CHECKING:
     from evermini.recall.recall import Recall
     from evermini.service.answer import ChatChoice, ChatDelta
-    from evermini.service.completions import TextChoice, TextDelta
     from evermini.service.generation import Usage
     from evermini.service.reading import OnProgress, Recalled
     from evermini.service.sweep import Swept
+    from evermini.service.text_answer import TextChoice, TextDelta
+    from evermini.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -182,7 +186,8 @@ class LLM:
     """A loaded model. Use it as a context manager, or `close` it: it holds memory and a thread.
 
     Args:
-        model: Tier, alias, or path of a GGUF file or safetensors folder; default the setting ``model``.
+        model: Tier, alias, path of a GGUF file or safetensors folder, or ``NAME=URL`` of an engine that answers;
+            default the setting ``model``.
         settings: Ready settings, taken as they are; default: from the environment and the settings file.
         progress: Told how a fetch of the weights goes: bytes done, bytes in total, where from.
         **overrides: Settings by name, e.g. ``threads=4``; they win over the environment and the settings file.
@@ -214,7 +219,7 @@ class LLM:
         with ExitStack() as stack:
             # Closed in reverse: the engine first, so that nobody waits for an answer in a loop that is gone.
             self._portal = stack.enter_context(start_blocking_portal())
-            self._served = load_tier(name, settings, progress=progress)
+            self._served = load(name, settings, progress=progress)
             stack.callback(self._served.close, timeout=0.0)
             self._documents = Documents()
             stack.callback(self._documents.close)
@@ -227,8 +232,19 @@ class LLM:
 
     @property
     def native_window(self) -> int:
-        """Tokens of prompt and answer that the model itself reads at once; longer prompts go through recall."""
-        return self._served.worker.max_model_len
+        """Tokens of prompt and answer that the model itself reads at once; longer prompts go through recall.
+
+        Raises:
+            UpstreamError: Another engine runs the model, and does not say.
+        """
+        if isinstance(self._served, ServedModel):
+            return self._served.worker.max_model_len
+        found = self._call(self._served.found)
+        if found.window is None:
+            raise UpstreamError(
+                "The engine behind this model does not say how long its window is. Say it: ?window=TOKENS."
+            )
+        return found.window
 
     @property
     def recall(self) -> Recall | None:
@@ -240,16 +256,30 @@ class LLM:
 
     @property
     def weights(self) -> str:
-        """Hash of the checkpoint; the same file has the same one everywhere."""
+        """Hash of the checkpoint, everywhere the same for the same file; of another engine's model, its fingerprint."""
+        if isinstance(self._served, UpstreamModel):
+            return self._served.info.system_fingerprint
         return self._served.weights
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens a plain text has for this model."""
-        return len(self._served.tokenizer.encode(text))
+        return len(self._tokenizer.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, such as those of `Recalled.prompt`; special tokens are left out."""
-        return self._served.tokenizer.decode(ids)
+        return self._tokenizer.decode(ids)
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; where another engine runs it, that of the model that reads long prompts."""
+        if isinstance(self._served, ServedModel):
+            return self._served.tokenizer
+        if self._served.reader is None:
+            raise UnsupportedParameterError(
+                "There is no tokenizer for this model, which another engine runs: that takes the setting 'recall'.",
+                param="model",
+            )
+        return self._served.reader.tokenizer
 
     @overload
     def chat(

@@ -16,7 +16,8 @@ from evermini.errors import ConfigError, DownloadError, ModelNotFoundError
 from evermini.models.batch import KVCache
 from evermini.service import loading, machine, memory
 from evermini.service.loading import what_to_serve
-from evermini.service.runtime import ModelInfo, Runtime, ServedModel, start_worker
+from evermini.service.model_info import ModelInfo
+from evermini.service.runtime import Runtime, ServedModel, start_worker
 from tests.fakes import TinyModel, tiny_config
 
 BLOCK_BYTES = KVCache.bytes_per_block(tiny_config(), TinyModel().new_kv_cache(1).dtype)

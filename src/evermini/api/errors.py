@@ -27,6 +27,8 @@ from evermini.errors import (
     RequestError,
     RequestTooLargeError,
     StorageError,
+    UpstreamError,
+    UpstreamUnavailableError,
 )
 
 log = structlog.get_logger("evermini.api")
@@ -58,7 +60,7 @@ def public(error: Exception) -> EverminiError:
     Engine failures carry the exception's text, and anything that is not an `EverminiError` is a bug of ours: clients
     get a plain sentence and the request id to ask about.
     """
-    if isinstance(error, RequestError | EngineStoppedError):
+    if isinstance(error, RequestError | EngineStoppedError | UpstreamError):
         return error
     if isinstance(error, InsufficientStorageError):
         log.error("storage_full", error=error.message)
@@ -89,7 +91,9 @@ def error_response(error: Exception) -> JsonResponse:
     headers = {}
     if isinstance(shown, InsufficientStorageError):
         headers["x-should-retry"] = "false"  # clients would send it again at once, all of it
-    elif isinstance(shown, OverloadedError | EngineStoppedError | StorageError):
+    elif isinstance(
+        shown, OverloadedError | EngineStoppedError | StorageError | UpstreamUnavailableError
+    ):
         headers["retry-after"] = str(RETRY_SECONDS)
     elif isinstance(shown, RateLimitError):
         headers["retry-after"] = str(math.ceil(shown.retry_after))

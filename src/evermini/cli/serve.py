@@ -26,7 +26,7 @@ def serve(loaded: LoadedSettings) -> None:
     from evermini.cli.logs import configure_logging
     from evermini.cli.pull import download_bar
     from evermini.cli.server import run_server
-    from evermini.service.runtime import Runtime, load_tier
+    from evermini.service.runtime import Runtime, load
     from evermini.storage.database import Database
     from evermini.storage.keys import KeyStore
 
@@ -39,7 +39,7 @@ def serve(loaded: LoadedSettings) -> None:
         for name in settings.models:
             print(f"Loading {name} ...", flush=True)
             with download_bar(name) as progress:
-                models.append(load_tier(name, settings, progress=progress))
+                models.append(load(name, settings, progress=progress))
             stack.callback(models[-1].close, timeout=0)
         runtime = Runtime(models, answers_to_any_name=settings.conformance_fixtures)
         run_server(runtime, database, settings, listener)

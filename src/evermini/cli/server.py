@@ -15,6 +15,7 @@ from evermini import __version__
 from evermini.api.app import create_app, drain
 from evermini.config import Settings
 from evermini.service.runtime import Runtime
+from evermini.service.upstream.model import UpstreamModel
 from evermini.storage.database import Database
 
 LAST_WORDS_SECONDS = 5
@@ -80,11 +81,10 @@ def _ready_lines(runtime: Runtime, listener: socket.socket) -> str:
     lines = [f"Evermini {__version__}"]
     for served in runtime.models:
         info = served.info
-        lines.append(
-            f"  {info.id} (also {', '.join(info.aliases)}): window {info.context_window:,} tokens"
-            if info.aliases
-            else f"  {info.id}: window {info.context_window:,} tokens"
-        )
+        also = f" (also {', '.join(info.aliases)})" if info.aliases else ""
+        window = f"{info.context_window:,} tokens" if info.context_window else "not known"
+        where = f", run by {served.spec.url}" if isinstance(served, UpstreamModel) else ""
+        lines.append(f"  {info.id}{also}: window {window}{where}")
     lines.append(f"Ready: base_url = {base_url(listener)}")
     return "\n".join(lines)
 

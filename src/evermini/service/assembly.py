@@ -219,11 +219,11 @@ class Assembler:
 
     def encode(self, request: ChatRequest, parts: Parts, readings: Sequence[str]) -> list[int]:
         """Return the prompt with the long pieces replaced by ``readings``."""
-        texts = [""] * len(request.messages)
-        found = iter(readings)
-        for piece in parts.pieces:
-            texts[piece.message] += next(found) if piece.is_long else piece.text
-        return encode(self._template, request, texts)
+        return encode(self._template, request, texts(request, parts, readings))
+
+    def measure(self, request: ChatRequest, message_texts: Sequence[str]) -> int:
+        """Return the tokens of a prompt with these texts of its messages."""
+        return len(encode(self._template, request, message_texts))
 
     def excerpts(
         self, plan: Plan, spans: Iterable[Span], *, mark_end: bool = False
@@ -259,6 +259,15 @@ class Assembler:
             included |= {own[span] for span in result.included}
             budget -= result.num_tokens
         return readings, included
+
+
+def texts(request: ChatRequest, parts: Parts, readings: Sequence[str]) -> list[str]:
+    """Return each message's text with the long pieces replaced by ``readings``."""
+    written = [""] * len(request.messages)
+    found = iter(readings)
+    for piece in parts.pieces:
+        written[piece.message] += next(found) if piece.is_long else piece.text
+    return written
 
 
 def least_room(window: int) -> int:

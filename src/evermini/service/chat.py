@@ -34,14 +34,17 @@ from evermini.service.generation import (
 from evermini.service.image_tokens import ImageTokens, count_images
 from evermini.service.limits import check_output, output_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
+from evermini.service.model_info import ModelInfo
 from evermini.service.offload import tokenise
 from evermini.service.prompting import make_prompt
 from evermini.service.reading import OnProgress, Recalled
-from evermini.service.runtime import ServedModel
+from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest, Prediction
 from evermini.service.shown import shown_token
 from evermini.service.sweep import Swept
 from evermini.service.tools import Toolset
+from evermini.service.upstream import chat as upstream
+from evermini.service.upstream.model import UpstreamModel
 from evermini.text.tokenizer import Tokenizer
 from evermini.text.tools.parser import CallPiece
 
@@ -134,6 +137,7 @@ class ChatRun:
     """A chat completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished.
 
     Attributes:
+        info: The model.
         choices: What came so far, by index.
         recalled: The excerpts that a long prompt was read in, if it was...
         swept: ...or how all of it was read.
@@ -141,7 +145,7 @@ class ChatRun:
 
     def __init__(
         self,
-        served: ServedModel,
+        info: ModelInfo,
         request: ChatRequest,
         answer: Answering,
         read: Recalled | Swept | None,
@@ -151,7 +155,7 @@ class ChatRun:
     ) -> None:
         self.id = ticket.id
         self.created = ticket.created
-        self.served = served
+        self.info = info
         self.request = request
         self.recalled = read if isinstance(read, Recalled) else None
         self.swept = read if isinstance(read, Swept) else None
@@ -207,7 +211,7 @@ class ChatRun:
 
 
 async def start(
-    served: ServedModel,
+    served: Served,
     request: ChatRequest,
     *,
     documents: Documents,
@@ -216,7 +220,7 @@ async def start(
     progress: OnProgress | None = None,
     ticket: Ticket | None = None,
 ) -> ChatRun:
-    """Read what is attached, tokenise, read what does not fit the window, and hand the request to the engine.
+    """Read what is attached, then what does not fit the window, and hand the request to whoever answers.
 
     Args:
         served: The model to ask.
@@ -229,21 +233,36 @@ async def start(
 
     Raises:
         ContextLengthError: The prompt (plus the requested output) does not fit, and recall is off or cannot help.
-        UnsupportedParameterError: Recall or a sweep is asked for and recall is switched off.
+        UnsupportedParameterError: Recall or a sweep is asked for and recall is switched off, or the model cannot do
+            what is asked.
         RecallDiskError: The index of a long text does not fit under the cap on disk space.
         InvalidRequestError: An image or file cannot be read, a token id in ``logit_bias`` is not one of the model's,
             the chat template refuses the order of the messages, or the form that the answer should have cannot be
             enforced.
         OverloadedError: The engine's queue is full.
         EngineStoppedError: The engine is stopped.
+        UpstreamError: The engine that runs the model cannot be reached, or fails.
     """
     timer = RequestTimer(
         metrics, served.info.id, time.perf_counter() if arrived is None else arrived
     )
-    bias = request.bias_by_id(served.tokenizer.vocab_size)
     check_output(request)
     request = await documents.read(request)
-    images = await count_images(request, served.info.id, served.tokenizer.encode)
+    images = await count_images(request, served.info.id, served.count_tokens)
+    answer: Answering
+    read: Recalled | Swept | None
+    if isinstance(served, UpstreamModel):
+        answer, read = await upstream.start(served, request, timer, progress)
+    else:
+        answer, read = await _start(served, request, timer, progress)
+    return ChatRun(served.info, request, answer, read, images, ticket or Ticket(), timer)
+
+
+async def _start(
+    served: ServedModel, request: ChatRequest, timer: RequestTimer, progress: OnProgress | None
+) -> tuple[EngineAnswer, Recalled | Swept | None]:
+    """Tokenise, and hand the request to the engine of this process."""
+    bias = request.bias_by_id(served.tokenizer.vocab_size)
     constraint = await constraint_of(request, served.template.tool_format, served.grammars, timer)
     prompt, read = await make_prompt(served, request, progress)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
@@ -277,8 +296,7 @@ async def start(
         new_parser=new_parser(request, served.template.tool_format),
     )
     generation.start()
-    answer = EngineAnswer(generation, request.toolset, served.tokenizer)
-    return ChatRun(served, request, answer, read, images, ticket or Ticket(), timer)
+    return EngineAnswer(generation, request.toolset, served.tokenizer), read
 
 
 async def _tokens(served: ServedModel, prediction: Prediction) -> tuple[int, ...]:

@@ -9,67 +9,27 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from math import inf
-from statistics import fmean
+from dataclasses import dataclass
 
 from evermini.engine.request import TokenLogprob
 from evermini.errors import InvalidRequestError
 from evermini.service.generation import (
     Candidate,
-    FinishReason,
     Generation,
     Usage,
     seed_of_choice,
 )
 from evermini.service.limits import completion_limit, sampling_params
 from evermini.service.metrics import Metrics, RequestTimer
+from evermini.service.model_info import ModelInfo
 from evermini.service.offload import tokenise
-from evermini.service.runtime import ServedModel
+from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import CompletionRequest
+from evermini.service.shown import token_text
+from evermini.service.text_answer import Completing, TextChoice, TextDelta, TextToken
+from evermini.service.upstream import completions as upstream
+from evermini.service.upstream.model import UpstreamModel
 from evermini.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class TextToken:
-    """A token with its log-probability; ``logprob`` is ``None`` for the first token of an echoed prompt.
-
-    Attributes:
-        token_id: The token.
-        offset: Where it starts, in characters from the start of the prompt.
-        logprob: Its scores.
-    """
-
-    token_id: int
-    offset: int
-    logprob: TokenLogprob | None
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """What choice ``index`` gained; ``echoed`` are the prompt's tokens, in the first delta only."""
-
-    index: int
-    text: str
-    echoed: Sequence[TextToken]
-    tokens: Sequence[TextToken]
-    finish_reason: FinishReason | None
-
-
-@dataclass
-class TextChoice:
-    """One finished completion; ``text`` and ``tokens`` begin with the prompt if it is echoed."""
-
-    index: int
-    text: str = ""
-    tokens: list[TextToken] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    scores: list[float] = field(default_factory=list)
-
-    @property
-    def mean_logprob(self) -> float:
-        """Of the generated tokens; a completion without any ranks last."""
-        return fmean(self.scores) if self.scores else -inf
 
 
 @dataclass(frozen=True)
@@ -80,44 +40,107 @@ class Prompt:
     ids: Sequence[int]
 
 
-class CompletionRun:
-    """A text completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished."""
+class EngineCompletion:
+    """What the native engine writes.
+
+    Args:
+        request: What is asked.
+        prompts: What is continued.
+        generation: The candidates in the engine.
+        tokenizer: Shows tokens.
+    """
 
     def __init__(
         self,
-        served: ServedModel,
         request: CompletionRequest,
         prompts: Sequence[Prompt],
         generation: Generation,
-        timer: RequestTimer,
+        tokenizer: Tokenizer,
     ) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self.created = int(time.time())
-        self.served = served
-        self.request = request
+        self._request = request
         self._prompts = prompts
         self._generation = generation
-        self._timer = timer
+        self._tokenizer = tokenizer
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
         """Yield the candidates' deltas; with ``echo``, the first of each begins with its prompt."""
         seen: set[int] = set()
         async with aclosing(self._generation.deltas()) as deltas:
             async for delta in deltas:
-                number = delta.index // self.request.num_candidates
+                number = delta.index // self._request.num_candidates
                 prompt = self._prompts[number]
                 text, echoed = delta.text, []
-                if self.request.echo and delta.index not in seen:
+                if self._request.echo and delta.index not in seen:
                     seen.add(delta.index)
                     text = prompt.text + text
                     echoed = self._echoed(number)
                 tokens = [
-                    TextToken(
+                    self._shown(
                         scored.logprob.token_id, len(prompt.text) + scored.start, scored.logprob
                     )
                     for scored in delta.logprobs
                 ]
                 yield TextDelta(delta.index, text, echoed, tokens, delta.finish_reason)
+
+    def _echoed(self, number: int) -> list[TextToken]:
+        scores = self._generation.prompt_logprobs.get(number)
+        if scores is None:  # no log-probabilities were asked for
+            return []
+        ids = self._prompts[number].ids
+        offsets = character_offsets(map(self._tokenizer.token_bytes, ids))
+        return [
+            self._shown(token_id, offset, score)
+            for token_id, offset, score in zip(ids, offsets, scores, strict=True)
+        ]
+
+    def _shown(self, token_id: int, offset: int, score: TokenLogprob | None) -> TextToken:
+        text = self._text(token_id)
+        if score is None:
+            return TextToken(text, offset, None, None)
+        top: dict[str, float] = {}
+        for other_id, logprob in (*score.top, (token_id, score.logprob)):
+            # Different tokens can look the same; the likeliest stands for them.
+            top.setdefault(self._text(other_id), logprob)
+        return TextToken(text, offset, score.logprob, top)
+
+    def _text(self, token_id: int) -> str:
+        return token_text(self._tokenizer.token_bytes(token_id), prefix="bytes:")
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; final once the deltas are exhausted."""
+        return self._generation.usage
+
+    @property
+    def has_begun(self) -> bool:
+        """A prompt has been computed, so there is something to pay for."""
+        return self._generation.has_begun
+
+    def abort(self) -> None:
+        """End the request in the engine if it still runs."""
+        self._generation.abort()
+
+
+class CompletionRun:
+    """A text completion in flight: iterate `deltas` or await `collect`, and `abort` if neither is finished."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        request: CompletionRequest,
+        writing: Completing,
+        timer: RequestTimer,
+    ) -> None:
+        self.id = f"cmpl-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.info = info
+        self.request = request
+        self._writing = writing
+        self._timer = timer
+
+    def deltas(self) -> AsyncGenerator[TextDelta, None]:
+        """Yield the candidates' deltas; with ``echo``, the first of each begins with its prompt."""
+        return self._writing.deltas()
 
     async def collect(self) -> list[TextChoice]:
         """Return the best ``n`` completions of each prompt, prompt by prompt.
@@ -126,13 +149,16 @@ class CompletionRun:
             EngineError: The engine failed or stopped.
         """
         per_prompt = self.request.num_candidates
-        choices = [TextChoice(index) for index in range(len(self._prompts) * per_prompt)]
+        num_prompts = 1 if self.request.prompt is None else len(self.request.prompt)
+        choices = [TextChoice(index) for index in range(num_prompts * per_prompt)]
         async with aclosing(self.deltas()) as deltas:
             async for delta in deltas:
                 choice = choices[delta.index]
                 choice.text += delta.text
                 choice.tokens += [*delta.echoed, *delta.tokens]
-                choice.scores += [token.logprob.logprob for token in delta.tokens if token.logprob]
+                choice.scores += [
+                    token.logprob for token in delta.tokens if token.logprob is not None
+                ]
                 choice.finish_reason = delta.finish_reason
         best: list[TextChoice] = []
         for first in range(0, len(choices), per_prompt):
@@ -144,37 +170,26 @@ class CompletionRun:
             choice.index = index
         return best
 
-    def _echoed(self, number: int) -> list[TextToken]:
-        scores = self._generation.prompt_logprobs.get(number)
-        if scores is None:  # no log-probabilities were asked for
-            return []
-        ids = self._prompts[number].ids
-        offsets = character_offsets(self.served.tokenizer.token_bytes(token_id) for token_id in ids)
-        return [
-            TextToken(token_id, offset, score)
-            for token_id, offset, score in zip(ids, offsets, scores, strict=True)
-        ]
-
     @property
     def usage(self) -> Usage:
         """Tokens; final once every delta was read."""
-        return self._generation.usage
+        return self._writing.usage
 
     def abort(self) -> None:
-        """End the request in the engine if it still runs."""
-        self._generation.abort()
-        if self._generation.has_begun:
+        """End the request if it still runs."""
+        self._writing.abort()
+        if self._writing.has_begun:
             self._timer.used(self.usage)
 
 
 async def start(
-    served: ServedModel,
+    served: Served,
     request: CompletionRequest,
     *,
     metrics: Metrics | None = None,
     arrived: float | None = None,
 ) -> CompletionRun:
-    """Tokenise the prompts, check the window, and hand the request to the engine.
+    """Hand the request to whoever answers.
 
     Args:
         served: The model to ask.
@@ -187,10 +202,23 @@ async def start(
         InvalidRequestError: A token id is not one of the model's.
         OverloadedError: The engine's queue is full.
         EngineStoppedError: The engine is stopped.
+        UpstreamError: The engine that runs the model cannot be reached, or fails.
     """
     timer = RequestTimer(
         metrics, served.info.id, time.perf_counter() if arrived is None else arrived
     )
+    writing: Completing
+    if isinstance(served, UpstreamModel):
+        writing = await upstream.start(served, request, timer)
+    else:
+        writing = await _start(served, request, timer)
+    return CompletionRun(served.info, request, writing, timer)
+
+
+async def _start(
+    served: ServedModel, request: CompletionRequest, timer: RequestTimer
+) -> EngineCompletion:
+    """Tokenise the prompts, check the window, and hand the request to the engine of this process."""
     tokenizer = served.tokenizer
     bias = request.bias_by_id(tokenizer.vocab_size)
     size = sum(len(prompt) for prompt in request.prompt or ())
@@ -222,7 +250,7 @@ async def start(
         end_ids=tokenizer.eos_ids if lists_end else frozenset(),
     )
     generation.start()
-    return CompletionRun(served, request, prompts, generation, timer)
+    return EngineCompletion(request, prompts, generation, tokenizer)
 
 
 def character_offsets(tokens: Iterable[bytes]) -> list[int]:

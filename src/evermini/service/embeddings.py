@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
-import numpy.typing as npt
-from pydantic import BeforeValidator, Field
 
 from evermini.engine.request import Finished, PromptDone, SamplingParams
 from evermini.engine.worker import Submission
@@ -24,48 +20,17 @@ from evermini.errors import (
     OverloadedError,
 )
 from evermini.service import validation
+from evermini.service.embedded import EmbeddingRequest, Embeddings
 from evermini.service.generation import MAX_IN_FLIGHT, RETRY_SECONDS
 from evermini.service.offload import tokenise
-from evermini.service.runtime import ServedModel
-from evermini.service.schemas import as_prompts
-from evermini.service.validation import WireModel
+from evermini.service.runtime import Served, ServedModel
+from evermini.service.upstream import embeddings as upstream
+from evermini.service.upstream.model import UpstreamModel
 from evermini.text.tokenizer import Tokenizer
 
-MAX_INPUTS = 2048
 MAX_INPUT_TOKENS = 8192
 MAX_REQUEST_TOKENS = 300_000
 """Limits of the contract."""
-
-Vectors = npt.NDArray[np.float32]
-
-
-class EmbeddingRequest(WireModel):
-    """``POST /v1/embeddings``."""
-
-    input: Annotated[
-        list[str | list[int]],
-        Field(min_length=1, max_length=MAX_INPUTS),
-        BeforeValidator(as_prompts),
-    ]
-    model: str
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-    encoding_format: Literal["float", "base64"] | None = None
-    user: str | None = None
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """The result.
-
-    Attributes:
-        model: Name of the model.
-        vectors: (inputs, dimensions), rows of unit length.
-        prompt_tokens: Tokens of all inputs.
-    """
-
-    model: str
-    vectors: Vectors
-    prompt_tokens: int
 
 
 def parse_embeddings(body: object) -> EmbeddingRequest:
@@ -77,8 +42,8 @@ def parse_embeddings(body: object) -> EmbeddingRequest:
     return validation.parse(EmbeddingRequest, body)
 
 
-async def embed(served: ServedModel, request: EmbeddingRequest) -> Embeddings:
-    """Compute the embeddings of a request's inputs; cancelled, it ends what it began in the engine.
+async def embed(served: Served, request: EmbeddingRequest) -> Embeddings:
+    """Return the embeddings of a request's inputs; cancelled, it ends what it began.
 
     Raises:
         InvalidRequestError: An input is empty, a token id is not one of the model's, or there are too many tokens or
@@ -86,7 +51,10 @@ async def embed(served: ServedModel, request: EmbeddingRequest) -> Embeddings:
         ContextLengthError: An input is too long.
         OverloadedError: The engine's queue is full.
         EngineError: The engine failed or stopped.
+        UpstreamError: The engine that runs the model cannot be reached, or fails.
     """
+    if isinstance(served, UpstreamModel):
+        return await upstream.embed(served, request)
     width = served.worker.hidden_size
     if request.dimensions is not None and request.dimensions > width:
         raise InvalidRequestError(

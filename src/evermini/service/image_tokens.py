@@ -49,14 +49,14 @@ class ImageTokens:
 
 
 async def count_images(
-    request: ChatRequest, model: str, encode: Callable[[str], list[int]]
+    request: ChatRequest, model: str, count: Callable[[str], int]
 ) -> ImageTokens:
     """Return the tokens of a request's images, which must have been read.
 
     Args:
         request: The conversation.
         model: Id of the model that answers.
-        encode: Its tokenizer's.
+        count: Counts the tokens of a text.
     """
     seen = [
         part.perceived
@@ -67,7 +67,7 @@ async def count_images(
     if not seen:
         return ImageTokens()
     size = sum(len(perceived.text) for perceived in seen)
-    read = await tokenise(size, lambda: sum(len(encode(perceived.text)) for perceived in seen))
+    read = await tokenise(size, lambda: sum(count(perceived.text) for perceived in seen))
     return ImageTokens(sum(_cost(perceived, model) for perceived in seen), read)
 
 

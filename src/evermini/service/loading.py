@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike, fspath
 
 from evermini.config import Settings
-from evermini.errors import DownloadError
+from evermini.errors import ConfigError, DownloadError
 from evermini.models import catalogue, pull
 from evermini.models.checkpoint import Checkpoint, open_checkpoint
 from evermini.models.decoder import Decoder
@@ -18,6 +18,9 @@ from evermini.text.tokenizer import Tokenizer
 
 INDEX_TIERS = {"full": "mini"}
 """Tiers whose long prompts another one indexes unless the settings say otherwise (figures in docs/log.md)."""
+
+UPSTREAM_INDEX = "mini"
+"""Tier that indexes long prompts for upstream engines: nano finds less and reads no faster."""
 
 OnFetch = Callable[[int, int, str], None]
 """Told how a fetch of weights goes: bytes done, bytes in total, where from."""
@@ -90,17 +93,45 @@ def load_indexer(
         name = INDEX_TIERS.get(answering.entry.tier, "own") if answering.entry else "own"
     found = answering
     if name != "own":
-        try:
-            other = load_checkpoint(name, settings, progress=progress)
-        except DownloadError as error:
-            raise DownloadError(
-                f"The model that finds passages in long prompts could not be fetched. {error.message} Or set "
-                "recall_index to own: the answering model then finds them itself, more slowly.",
-                param="recall_index",
-            ) from error
+        other = _load_index(name, settings, progress)
         if other.checkpoint.fingerprint != answering.checkpoint.fingerprint:
             found = other
     return Indexer(found.model, found.tokenizer, found.checkpoint.fingerprint)
+
+
+def load_index(settings: Settings, *, progress: OnFetch | None = None) -> Loaded:
+    """Fetch (if need be) and load the model that finds passages for an upstream engine, which cannot.
+
+    Args:
+        settings: As for `load_checkpoint`.
+        progress: As for `load_checkpoint`.
+
+    Raises:
+        ConfigError: ``recall_index`` is ``own``.
+        DownloadError: Its weights could not be fetched.
+        ModelNotFoundError: Nothing has that name.
+        ModelError: The checkpoint cannot be used.
+    """
+    name = settings.recall_index
+    if name == "own":
+        raise ConfigError(
+            "recall_index = own: an upstream engine cannot find passages in long prompts. Set it to auto or to a tier, "
+            "or switch recall off: the engine then refuses what is longer than its window.",
+            param="recall_index",
+        )
+    return _load_index(UPSTREAM_INDEX if name == "auto" else name, settings, progress)
+
+
+def _load_index(name: str, settings: Settings, progress: OnFetch | None) -> Loaded:
+    try:
+        return load_checkpoint(name, settings, progress=progress)
+    except DownloadError as error:
+        raise DownloadError(
+            f"The model that finds passages in long prompts could not be fetched. {error.message} Or set "
+            "recall_index to own: the answering model then finds them itself, more slowly. An upstream engine cannot: "
+            "there, switch recall off.",
+            param="recall_index",
+        ) from error
 
 
 def what_to_serve(name: str) -> tuple[catalogue.CatalogueEntry | None, str]:

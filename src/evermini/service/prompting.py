@@ -11,9 +11,10 @@ from evermini.service.assembly import least_room
 from evermini.service.offload import tokenise
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.rendering import encode
-from evermini.service.runtime import ServedModel
+from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest
 from evermini.service.sweep import Sweep, Swept
+from evermini.service.upstream.model import UpstreamModel
 
 _SURELY_LONG = 8
 """With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
@@ -62,3 +63,20 @@ async def whole_prompt(served: ServedModel, request: ChatRequest) -> Sequence[in
     """Return the conversation as token ids, whatever its length."""
     texts = [message.text() for message in request.messages]
     return await tokenise(sum(map(len, texts)), encode, served.template, request, texts)
+
+
+async def count_tokens(served: Served, request: ChatRequest) -> int:
+    """Return how many tokens the model would be sent; of an upstream engine's model, by the index model's tokenizer.
+
+    Raises:
+        UnsupportedParameterError: Nothing counts tokens: another engine runs the model, and recall is off.
+    """
+    if not isinstance(served, UpstreamModel):
+        return len(await whole_prompt(served, request))
+    if served.reader is None:
+        raise UnsupportedParameterError(
+            "Tokens are not counted for this model, which another engine runs: that takes the setting 'recall'.",
+            param="model",
+        )
+    texts = [message.text() for message in request.messages]
+    return await tokenise(sum(map(len, texts)), served.reader.assembler.measure, request, texts)

@@ -31,7 +31,7 @@ from evermini.recall.load import Indexer
 from evermini.recall.recall import Progress, Recall, Selection
 from evermini.recall.segment import Segment
 from evermini.recall.select import Policy
-from evermini.service.assembly import MAX_PROMPT_TOKENS, Assembler, Passage, Plan
+from evermini.service.assembly import MAX_PROMPT_TOKENS, Assembler, Passage, Plan, texts
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
 from evermini.text.tokenizer import Tokenizer
@@ -50,6 +50,7 @@ class Recalled:
 
     Attributes:
         prompt: What the engine computes.
+        texts: The same before the chat template, by message.
         full_tokens: Tokens that were sent.
         cached_tokens: Those of them that had been ingested before.
         question: What was looked for.
@@ -60,6 +61,7 @@ class Recalled:
     """
 
     prompt: Sequence[int]
+    texts: Sequence[str]
     full_tokens: int
     cached_tokens: int
     question: str
@@ -101,7 +103,7 @@ class LongReader:
         self.sweep_limit = sweep_limit
         self.home = home
         self.assembler = Assembler(tokenizer, template, self._known_tokens)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._max_bytes = max_bytes
         self._recall: Recall | None = None
         self._opening = threading.Lock()
@@ -187,6 +189,7 @@ class LongReader:
         )
         return Recalled(
             prompt=self.assembler.encode(request, plan.parts, readings),
+            texts=texts(request, plan.parts, readings),
             full_tokens=plan.full_tokens,
             cached_tokens=0,
             question=plan.query,
@@ -196,7 +199,7 @@ class LongReader:
         )
 
     def _known_tokens(self, digest: str) -> int | None:
-        if self.indexer.tokenizer is not self._tokenizer:
+        if self.indexer.tokenizer is not self.tokenizer:
             return None  # the index counts in other tokens
         if self._recall is None and find_calibration(self.home, self.indexer.weights) is None:
             return None  # nothing can be indexed yet, and calibrating takes too long for a plan

@@ -7,27 +7,28 @@ with Runtime([load_tier("mini", settings)]) as runtime:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Self
 
-from evermini import __version__
+from evermini.backends.spec import parse_upstream
 from evermini.config import Settings
 from evermini.engine.engine import Engine, EngineStats
 from evermini.engine.worker import EngineWorker
 from evermini.errors import ConfigError, ModelNotFoundError
 from evermini.models.batch import Model
-from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.recall.select import SPARING, Policy
 from evermini.service.loading import load_checkpoint, load_indexer
 from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
+from evermini.service.model_info import ModelInfo, fingerprint, info_of
 from evermini.service.reading import LongReader
+from evermini.service.upstream.load import load_upstream
+from evermini.service.upstream.model import UpstreamModel
 from evermini.text.chat import ChatTemplate
 from evermini.text.grammar import GrammarCompiler
 from evermini.text.tokenizer import Tokenizer
@@ -36,32 +37,6 @@ log = logging.getLogger(__name__)
 
 _SMALL = 15_000_000
 """Layers times squared width below which a model counts as a small reader: nano has 10 million, mini 19."""
-TIER_CREATED = 1_744_588_800
-"""2025-04-14, the snapshot that the tiers stand in for."""
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What clients may know of a model.
-
-    Attributes:
-        id: Its own name, which every response carries.
-        aliases: Other names it answers to.
-        created: Unix time.
-        context_window: Tokens of a chat's prompt at most; without recall, of prompt and output together.
-        system_fingerprint: Changes whenever the same request may get other tokens.
-    """
-
-    id: str
-    aliases: tuple[str, ...]
-    created: int
-    context_window: int
-    system_fingerprint: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The id, then the aliases."""
-        return (self.id, *self.aliases)
 
 
 @dataclass(frozen=True)
@@ -78,11 +53,24 @@ class ServedModel:
     weights: str = ""
     """Hash of the checkpoint; the same file has the same one everywhere."""
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return self.worker.is_alive
+
+    def count_tokens(self, text: str) -> int:
+        """Return how many tokens a plain text has."""
+        return len(self.tokenizer.encode(text))
+
     def close(self, timeout: float = 10.0) -> None:
         """Stop the engine; what still runs after ``timeout`` seconds is aborted."""
         if self.reader is not None:
             self.reader.close()
         self.worker.stop(timeout)
+
+
+Served = ServedModel | UpstreamModel
+"""A model that requests can name, whoever runs it."""
 
 
 class Runtime:
@@ -96,12 +84,12 @@ class Runtime:
         ConfigError: There is no model, or two of them answer to one name.
     """
 
-    def __init__(self, models: Sequence[ServedModel], *, answers_to_any_name: bool = False) -> None:
+    def __init__(self, models: Sequence[Served], *, answers_to_any_name: bool = False) -> None:
         if not models:
             raise ConfigError("There is no model to serve. Name at least one.")
         self.models = tuple(models)
         self._answers_to_any_name = answers_to_any_name
-        self._by_name: dict[str, ServedModel] = {}
+        self._by_name: dict[str, Served] = {}
         for served in models:
             for name in served.info.names:
                 if name in self._by_name:
@@ -112,21 +100,21 @@ class Runtime:
         self.metrics = Metrics(self.engine_stats)
 
     @property
-    def default(self) -> ServedModel:
+    def default(self) -> Served:
         """The model that was named first."""
         return self.models[0]
 
     @property
-    def names(self) -> Mapping[str, ServedModel]:
+    def names(self) -> Mapping[str, Served]:
         """Every name that is answered to."""
         return self._by_name
 
     @property
     def is_ready(self) -> bool:
         """Whether every engine takes requests."""
-        return all(served.worker.is_alive for served in self.models)
+        return all(served.is_alive for served in self.models)
 
-    def resolve(self, name: str) -> ServedModel:
+    def resolve(self, name: str) -> Served:
         """Return the model that a request's ``model`` means.
 
         Raises:
@@ -143,8 +131,12 @@ class Runtime:
         )
 
     def engine_stats(self) -> dict[str, EngineStats]:
-        """Return each engine's statistics by model id."""
-        return {served.info.id: served.worker.stats() for served in self.models}
+        """Return the statistics of the engines in this process by model id."""
+        return {
+            served.info.id: served.worker.stats()
+            for served in self.models
+            if isinstance(served, ServedModel)
+        }
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop every engine."""
@@ -156,6 +148,19 @@ class Runtime:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def load(
+    name: str | PathLike[str],
+    settings: Settings,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Served:
+    """Load a model, or get ready to have an upstream engine answer (``NAME=URL``). Raises what `load_tier` does."""
+    spec = parse_upstream(fspath(name))
+    if spec is not None:
+        return load_upstream(spec, settings, progress=progress)
+    return load_tier(name, settings, progress=progress)
 
 
 def load_tier(
@@ -193,12 +198,12 @@ def load_tier(
             max_bytes=settings.recall_disk,
             sweep_limit=settings.sweep_limit,
         )
-    info = ModelInfo(
-        id=entry.aliases[-1] if entry else _name_of(checkpoint.path),
-        aliases=(*entry.aliases[:-1], entry.tier) if entry else (),
-        created=TIER_CREATED if entry else int(checkpoint.path.stat().st_mtime),
+    info = info_of(
+        entry,
+        _name_of(checkpoint.path),
+        created=int(checkpoint.path.stat().st_mtime),
         context_window=reader.max_prompt_tokens if reader else worker.max_model_len,
-        system_fingerprint=_fingerprint(checkpoint, settings),
+        system_fingerprint=fingerprint(checkpoint.fingerprint, settings.precision, settings.device),
     )
     return ServedModel(
         info,
@@ -245,9 +250,3 @@ def start_worker(model: Model, settings: Settings) -> EngineWorker:
 
 def _name_of(path: Path) -> str:
     return path.name.removesuffix(".gguf")
-
-
-def _fingerprint(checkpoint: Checkpoint, settings: Settings) -> str:
-    """Return OpenAI's ``fp_`` and ten hex digits, from all that decides which tokens come out."""
-    parts = (checkpoint.fingerprint, __version__, settings.precision, settings.device)
-    return "fp_" + hashlib.sha256("\n".join(parts).encode()).hexdigest()[:10]

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from evermini.engine.request import TokenLogprob
 from evermini.recall.recall import Progress
 from evermini.service.answer import (
     ChatChoice,
@@ -18,14 +17,13 @@ from evermini.service.answer import (
     ToolCallDelta,
 )
 from evermini.service.chat import ChatRun, Ticket
-from evermini.service.completions import CompletionRun, TextChoice, TextDelta, TextToken
-from evermini.service.embeddings import Embeddings
+from evermini.service.completions import CompletionRun
+from evermini.service.embedded import Embeddings
 from evermini.service.generation import Usage
-from evermini.service.runtime import ModelInfo
+from evermini.service.model_info import ModelInfo
 from evermini.service.schemas import ChatRequest
-from evermini.service.shown import token_text
 from evermini.service.sweep import SweepProgress, Swept
-from evermini.text.tokenizer import Tokenizer
+from evermini.service.text_answer import TextChoice, TextDelta, TextToken
 
 Json = dict[str, Any]
 
@@ -293,9 +291,9 @@ def _chat_head(run: ChatRun, kind: str) -> Json:
         "id": run.id,
         "object": kind,
         "created": run.created,
-        "model": run.served.info.id,
+        "model": run.info.id,
         "service_tier": "default",
-        "system_fingerprint": run.served.info.system_fingerprint,
+        "system_fingerprint": run.info.system_fingerprint,
     }
 
 
@@ -349,40 +347,28 @@ def _text_head(run: CompletionRun) -> Json:
         "id": run.id,
         "object": "text_completion",
         "created": run.created,
-        "model": run.served.info.id,
-        "system_fingerprint": run.served.info.system_fingerprint,
+        "model": run.info.id,
+        "system_fingerprint": run.info.system_fingerprint,
     }
 
 
 def _text_logprobs(run: CompletionRun, tokens: Sequence[TextToken]) -> Json | None:
     if run.request.logprobs is None:
         return None
-    tokenizer = run.served.tokenizer
     return {
-        "tokens": [_legacy_text(tokenizer, token.token_id) for token in tokens],
+        "tokens": [token.text for token in tokens],
         "token_logprobs": [
-            None if token.logprob is None else _finite(token.logprob.logprob) for token in tokens
+            None if token.logprob is None else _finite(token.logprob) for token in tokens
         ],
-        "top_logprobs": [_legacy_top(tokenizer, token.logprob) for token in tokens]
+        "top_logprobs": [_finite_values(token.top) for token in tokens]
         if run.request.logprobs
         else None,
         "text_offset": [token.offset for token in tokens],
     }
 
 
-def _legacy_top(tokenizer: Tokenizer, scored: TokenLogprob | None) -> Mapping[str, float] | None:
-    """Return the most likely tokens by text; the drawn one is always there, so there may be one more."""
-    if scored is None:
-        return None
-    top: dict[str, float] = {}
-    for token_id, logprob in (*scored.top, (scored.token_id, scored.logprob)):
-        # Different tokens can look the same; the likeliest stands for them.
-        top.setdefault(_legacy_text(tokenizer, token_id), _finite(logprob))
-    return top
-
-
-def _legacy_text(tokenizer: Tokenizer, token_id: int) -> str:
-    return token_text(tokenizer.token_bytes(token_id), prefix="bytes:")
+def _finite_values(top: Mapping[str, float] | None) -> Json | None:
+    return None if top is None else {text: _finite(logprob) for text, logprob in top.items()}
 
 
 def _finite(logprob: float) -> float:

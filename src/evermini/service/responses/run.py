@@ -16,6 +16,7 @@ from evermini.errors import (
     OverloadedError,
     RequestError,
     StorageError,
+    UpstreamError,
 )
 from evermini.service import chat, wire
 from evermini.service.answer import FinishReason
@@ -30,7 +31,7 @@ from evermini.service.responses.schemas import (
     chat_request,
     renamed,
 )
-from evermini.service.runtime import ServedModel
+from evermini.service.runtime import Served
 from evermini.service.schemas import ChatRequest
 
 log = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ async def as_chat(request: ContextRequest, context: Sequence[Json]) -> ChatReque
 
 
 async def start_chat(
-    served: ServedModel,
+    served: Served,
     request: ResponseRequest,
     context: Sequence[Json],
     body: Json,
@@ -256,7 +257,7 @@ def failure(error: Exception) -> Json:
             return {"code": "rate_limit_exceeded", "message": error.message}
         case RequestError():
             return {"code": "invalid_prompt", "message": error.message}
-        case EngineStoppedError():
+        case EngineStoppedError() | UpstreamError():
             return {"code": "server_error", "message": error.message}
     if isinstance(error, EverminiError):
         log.error("response failed: %s", error.message)

@@ -8,7 +8,7 @@ from evermini.errors import InvalidRequestError, NotFoundError
 from evermini.service.documents import Documents
 from evermini.service.image_tokens import count_images
 from evermini.service.jobs import JobRunner
-from evermini.service.prompting import whole_prompt
+from evermini.service.prompting import count_tokens
 from evermini.service.responses.background import Background
 from evermini.service.responses.context import Contexts
 from evermini.service.responses.items import Json
@@ -112,8 +112,8 @@ class Responses:
         items = await self.contexts.items(request)
         context = [*await self.contexts.history(request), *items]
         wanted = await self._documents.read(await as_chat(request, context))
-        images = await count_images(wanted, served.info.id, served.tokenizer.encode)
-        return len(await whole_prompt(served, wanted)) - images.read + images.counted
+        images = await count_images(wanted, served.info.id, served.count_tokens)
+        return await count_tokens(served, wanted) - images.read + images.counted
 
     async def get(self, response_id: str) -> StoredResponse:
         """Return a stored response.

@@ -1,0 +1,204 @@
+"""Chat completions by an upstream engine: its chunks, or its whole answer, as our deltas."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from evermini.errors import ContextLengthError, UpstreamError
+from evermini.service.answer import (
+    ChatChoice,
+    ChatDelta,
+    FinishReason,
+    ToolCallDelta,
+    finish_reason,
+)
+from evermini.service.generation import Usage
+from evermini.service.metrics import RequestTimer
+from evermini.service.reading import OnProgress, Recalled
+from evermini.service.schemas import ChatRequest
+from evermini.service.upstream.checks import FormCheck
+from evermini.service.upstream.exchange import Exchange
+from evermini.service.upstream.model import UpstreamModel
+from evermini.service.upstream.prompting import Prompt, excerpts, make_prompt
+from evermini.service.upstream.replies import CallPiece, ChatPart, ChatReply, read
+from evermini.service.upstream.requests import chat_body
+
+PATH = "/chat/completions"
+
+
+class UpstreamAnswer:
+    """What an upstream engine writes.
+
+    Args:
+        served: The model.
+        request: What is asked.
+        exchange: The request in flight, accepted by the engine.
+        check: Looks at finished choices.
+        num_prompt: Tokens of the prompt by our own count, for requests that end before the engine has told its own.
+        timer: Told of every piece and every end.
+    """
+
+    def __init__(
+        self,
+        served: UpstreamModel,
+        request: ChatRequest,
+        exchange: Exchange,
+        check: FormCheck,
+        num_prompt: int,
+        timer: RequestTimer,
+    ) -> None:
+        self._url = served.client.url
+        self._toolset = request.toolset
+        self._exchange = exchange
+        self._check = check
+        self._num_prompt = num_prompt
+        self._timer = timer
+        self._choices = [ChatChoice(index) for index in range(request.num_choices)]
+        self._calls: list[dict[int, int]] = [{} for _ in self._choices]
+        self._open = set(range(request.num_choices))
+        self._num_pieces = 0
+        self._usage: Usage | None = None
+
+    async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
+        """Yield the choices' deltas as they come; leaving early ends the request at the engine.
+
+        Raises:
+            UpstreamError: The engine failed, broke off, or did not keep to what was asked.
+            EngineStoppedError: The model was closed.
+        """
+        try:
+            async with aclosing(self._exchange.replies()) as replies:
+                async for body in replies:
+                    reply = read(ChatReply, body, self._url)
+                    if reply.usage is not None:
+                        self._usage = reply.usage.tokens()
+                    for part in reply.choices:
+                        delta = await self._delta(part)
+                        if delta is not None:
+                            yield delta
+            if self._open:
+                raise UpstreamError(
+                    "The engine behind this model ended its answer without an end. Send the request again."
+                )
+            self._timer.completed()
+        except Exception:
+            self._end_open("error")
+            raise
+        finally:
+            self.abort()
+
+    async def _delta(self, part: ChatPart) -> ChatDelta | None:
+        if part.index not in self._open:
+            raise UpstreamError(
+                f"The engine behind this model wrote to choice {part.index}, which is none or has ended."
+            )
+        choice, message = self._choices[part.index], part.message
+        text = (message.content or "") + (message.refusal or "")
+        calls = tuple(
+            piece
+            for number, call in enumerate(message.tool_calls or ())
+            for piece in self._call(choice.index, number, call)
+        )
+        tokens = part.logprobs.tokens() if part.logprobs is not None else ()
+        if text or calls or tokens:
+            self._num_pieces += 1
+            self._timer.token(choice.index)
+        elif part.finish_reason is None:
+            return None
+        delta = ChatDelta(choice.index, text, calls, tokens)
+        choice.add(delta)
+        if part.finish_reason is None:
+            return delta
+        return ChatDelta(
+            choice.index, text, calls, tokens, await self._end(choice, part.finish_reason)
+        )
+
+    def _call(self, choice: int, number: int, call: CallPiece) -> list[ToolCallDelta]:
+        """Return what a call gained: its head once, however often the engine repeats it, then its arguments."""
+        own, known = call.index if call.index is not None else number, self._calls[choice]
+        pieces: list[ToolCallDelta] = []
+        if own not in known:
+            if call.name is None:
+                raise UpstreamError("The engine behind this model began a call without a name.")
+            known[own] = len(known)
+            call_id = call.id or f"call_{uuid.uuid4().hex[:24]}"
+            pieces.append(ToolCallDelta(known[own], call.kind, call_id, call.name))
+        if call.arguments:
+            pieces.append(ToolCallDelta(known[own], call.kind, arguments=call.arguments))
+        return pieces
+
+    async def _end(self, choice: ChatChoice, said: str) -> FinishReason:
+        """Return why a choice has ended, and see to it that it is what was asked for."""
+        self._open.remove(choice.index)
+        if said == "content_filter":
+            reason: FinishReason = "content_filter"
+        elif said == "length":
+            reason = "length"
+        else:
+            await asyncio.to_thread(self._check.check, choice)
+            reason = finish_reason(self._toolset, has_called=bool(choice.tool_calls), reason="stop")
+        self._timer.choice_ended("length" if reason == "length" else "stop")
+        return reason
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens, as the engine counts them; of an answer that was ended early, as far as we know."""
+        return self._usage or Usage(self._num_prompt, self._num_pieces, 0)
+
+    @property
+    def has_begun(self) -> bool:
+        """The engine has computed something."""
+        return bool(self._num_pieces) or self._usage is not None
+
+    def abort(self) -> None:
+        """End the request at the engine if it still runs."""
+        self._exchange.close()
+        self._end_open("abort")
+
+    def _end_open(self, reason: str) -> None:
+        for _ in self._open:
+            self._timer.choice_ended(reason)
+        self._open.clear()
+
+
+async def start(
+    served: UpstreamModel, request: ChatRequest, timer: RequestTimer, progress: OnProgress | None
+) -> tuple[UpstreamAnswer, Recalled | None]:
+    """Read what does not fit the engine's window, and hand the request to the engine.
+
+    Args:
+        served: The model.
+        request: What is asked.
+        timer: Told of latencies.
+        progress: Told, from any thread, how reading a long text goes.
+
+    Raises:
+        ContextLengthError: The prompt does not fit, and recall is off or cannot help.
+        UnsupportedParameterError: The request needs what only a model of our own can do.
+        InvalidRequestError: The engine refuses it.
+        UpstreamError: The engine cannot be reached, or fails.
+    """
+    check = FormCheck(request)
+    found = await served.found()
+    prompt = await make_prompt(served, request, found.window, progress)
+
+    async def ask(prompt: Prompt) -> UpstreamAnswer:
+        body = chat_body(request, prompt.texts, found.model)
+        exchange = Exchange(served, PATH, body)
+        await exchange.start()
+        return UpstreamAnswer(served, request, exchange, check, prompt.num_tokens, timer)
+
+    try:
+        return await ask(prompt), prompt.recalled
+    except ContextLengthError as error:
+        served.forget()  # it may have been restarted with another window
+        # By our tokens it fitted, by the engine's it does not.
+        if prompt.recalled is not None or served.reader is None or request.reading != "auto":
+            raise
+        shorter = await excerpts(served.reader, request, found.window, progress)
+        if shorter is None:
+            raise error
+        return await ask(shorter), shorter.recalled

@@ -1,0 +1,162 @@
+"""Text completions by an upstream engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from evermini.errors import UpstreamError
+from evermini.service.generation import FinishReason, Usage
+from evermini.service.metrics import RequestTimer
+from evermini.service.schemas import CompletionRequest
+from evermini.service.text_answer import TextDelta, TextToken
+from evermini.service.upstream.exchange import Exchange
+from evermini.service.upstream.model import UpstreamModel
+from evermini.service.upstream.replies import TextLogprobs, TextPart, TextReply, read
+from evermini.service.upstream.requests import completion_body
+
+PATH = "/completions"
+
+
+class UpstreamCompletion:
+    """What an upstream engine writes.
+
+    Args:
+        served: The model.
+        request: What is asked.
+        exchange: The request in flight, accepted by the engine.
+        timer: Told of every piece and every end.
+    """
+
+    def __init__(
+        self,
+        served: UpstreamModel,
+        request: CompletionRequest,
+        exchange: Exchange,
+        timer: RequestTimer,
+    ) -> None:
+        self._url = served.client.url
+        self._exchange = exchange
+        self._timer = timer
+        self._prompts = request.prompt or [""]
+        self._per_prompt = request.num_candidates
+        self._echoes = bool(request.echo)
+        self._open = set(range(len(self._prompts) * self._per_prompt))
+        self._ends: dict[int, int] = {}
+        self._num_pieces = 0
+        self._usage: Usage | None = None
+
+    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
+        """Yield the candidates' deltas as they come; leaving early ends the request at the engine.
+
+        Raises:
+            UpstreamError: The engine failed or broke off.
+            EngineStoppedError: The model was closed.
+        """
+        try:
+            async with aclosing(self._exchange.replies()) as replies:
+                async for body in replies:
+                    reply = read(TextReply, body, self._url)
+                    if reply.usage is not None:
+                        self._usage = reply.usage.tokens()
+                    for part in reply.choices:
+                        yield self._delta(part)
+            if self._open:
+                raise UpstreamError(
+                    "The engine behind this model ended its answer without an end. Send the request again."
+                )
+            self._timer.completed()
+        except Exception:
+            self._end_open("error")
+            raise
+        finally:
+            self.abort()
+
+    def _delta(self, part: TextPart) -> TextDelta:
+        if part.index not in self._open:
+            raise UpstreamError(
+                f"The engine behind this model wrote to choice {part.index}, which is none or has ended."
+            )
+        if part.text:
+            self._num_pieces += 1
+            self._timer.token(part.index)
+        start = self._ends.get(part.index, 0)
+        self._ends[part.index] = start + len(part.text)
+        tokens = _tokens(part.logprobs, start) if part.logprobs is not None else []
+        prompt = self._prompts[part.index // self._per_prompt]
+        num_echoed = 0
+        if self._echoes:
+            num_echoed = sum(
+                token.logprob is None or (isinstance(prompt, str) and token.offset < len(prompt))
+                for token in tokens
+            )
+        reason: FinishReason | None = None
+        if part.finish_reason is not None:
+            reason = "length" if part.finish_reason == "length" else "stop"
+            self._open.remove(part.index)
+            self._timer.choice_ended(reason)
+        return TextDelta(part.index, part.text, tokens[:num_echoed], tokens[num_echoed:], reason)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens, as the engine counts them; of an answer that was ended early, the pieces that came."""
+        return self._usage or Usage(0, self._num_pieces, 0)
+
+    @property
+    def has_begun(self) -> bool:
+        """The engine has computed something."""
+        return bool(self._num_pieces) or self._usage is not None
+
+    def abort(self) -> None:
+        """End the request at the engine if it still runs."""
+        self._exchange.close()
+        self._end_open("abort")
+
+    def _end_open(self, reason: str) -> None:
+        for _ in self._open:
+            self._timer.choice_ended(reason)
+        self._open.clear()
+
+
+async def start(
+    served: UpstreamModel, request: CompletionRequest, timer: RequestTimer
+) -> UpstreamCompletion:
+    """Hand a request to the engine.
+
+    Raises:
+        InvalidRequestError: The engine refuses it.
+        UpstreamError: The engine cannot be reached, or fails.
+    """
+    found = await served.found()
+    exchange = Exchange(served, PATH, completion_body(request, found.model))
+    await exchange.start()
+    return UpstreamCompletion(served, request, exchange, timer)
+
+
+def _tokens(scores: TextLogprobs, start: int) -> list[TextToken]:
+    """Return the tokens of a piece of text that begins at character ``start``."""
+    if scores.content is not None:
+        texts: Sequence[str] = [token.token for token in scores.content]
+        logprobs: Sequence[float | None] = [token.logprob for token in scores.content]
+        tops: Sequence[dict[str, float] | None] = [
+            {best.token: best.logprob for best in token.top_logprobs or ()}
+            for token in scores.content
+        ]
+    else:
+        texts = scores.tokens or []
+        logprobs = scores.token_logprobs or [None] * len(texts)
+        tops = scores.top_logprobs or [None] * len(texts)
+    offsets = scores.text_offset
+    if offsets is None:
+        offsets = []
+        for text in texts:
+            offsets.append(start)
+            start += len(text)
+    if not len(texts) == len(logprobs) == len(tops) == len(offsets):
+        raise UpstreamError(
+            "The engine behind this model gives tokens and log-probabilities that differ in number."
+        )
+    return [
+        TextToken(text, offset, logprob, top)
+        for text, offset, logprob, top in zip(texts, offsets, logprobs, tops, strict=True)
+    ]
