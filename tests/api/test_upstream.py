@@ -5,11 +5,9 @@ What is asked through it is what it answers when it is asked directly: token for
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -17,7 +15,7 @@ from evermini.backends.spec import UpstreamSpec
 from evermini.config import Settings
 from evermini.service.runtime import Runtime
 from evermini.service.upstream.load import connect
-from tests.serving import assert_error, make_client, serving
+from tests.serving import make_client, serving
 
 NAME = "behind"
 HELLO = [{"role": "user", "content": "Name three colours."}]
@@ -101,7 +99,11 @@ CASES: dict[str, dict[str, Any]] = {
             {
                 "role": "assistant",
                 "tool_calls": [
-                    {"id": "call_a", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Rome"}'}}
+                    {
+                        "id": "call_a",
+                        "type": "function",
+                        "function": {"name": "get_weather", "arguments": '{"city":"Rome"}'},
+                    }
                 ],
             },
             {"role": "tool", "tool_call_id": "call_a", "content": "sunny"},
