@@ -204,7 +204,7 @@ class TestMonitoring:
         with Database.open(settings) as database, serving(runtime, settings, database) as url:
             assert httpx.get(f"{url}/readyz").status_code == 200
             target = {
-                "database": "evermini.service.readiness.Readiness._ask_database",
+                "database": "evermini.storage.database.Database.ping",
                 "files": "evermini.storage.blobs.BlobStore.check",
             }
             monkeypatch.setattr(target[what], refuse)

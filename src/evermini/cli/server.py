@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
-from fastapi import FastAPI
 
 from evermini import __version__
 from evermini.api.app import create_app, drain
@@ -36,15 +36,21 @@ def run_server(
         timeout_graceful_shutdown=settings.drain_timeout + LAST_WORDS_SECONDS,
     )
     with _signals_are_handled():
-        _Server(config, app, runtime, settings.drain_timeout).run(sockets=[listener])
+        _Server(config, partial(drain, app), runtime, settings.drain_timeout).run(
+            sockets=[listener]
+        )
 
 
 class _Server(uvicorn.Server):
     def __init__(
-        self, config: uvicorn.Config, app: FastAPI, runtime: Runtime, drain_timeout: int
+        self,
+        config: uvicorn.Config,
+        drain: Callable[[], None],
+        runtime: Runtime,
+        drain_timeout: int,
     ) -> None:
         super().__init__(config)
-        self._app = app
+        self._drain = drain
         self._runtime = runtime
         self._drain_timeout = drain_timeout
 
@@ -59,7 +65,7 @@ class _Server(uvicorn.Server):
 
         Meanwhile the server still listens: who comes now is told to come again, instead of meeting a closed port.
         """
-        drain(self._app)
+        self._drain()
         running = set(self.server_state.tasks)
         if running:
             seconds = f"{self._drain_timeout} s" if self._drain_timeout else "no time"

@@ -11,8 +11,6 @@ import logging
 import time
 from collections.abc import Callable
 
-from sqlalchemy import text
-
 from evermini.errors import EverminiError
 from evermini.service.runtime import Runtime
 from evermini.storage.blobs import BlobStore
@@ -52,7 +50,8 @@ class Readiness:
         async with self._checking:
             if time.monotonic() >= self._checked_at + CHECK_SECONDS:
                 await asyncio.gather(
-                    self._try("database", self._ask_database), self._try("files", self._blobs.check)
+                    self._try("database", self._database.ping),
+                    self._try("files", self._blobs.check),
                 )
                 self._checked_at = time.monotonic()
         working = {name: not failing for name, failing in self._failing.items()}
@@ -72,7 +71,3 @@ class Readiness:
         elif self._failing.get(name):
             log.info("ready again: %s", name)
         self._failing[name] = problem is not None
-
-    def _ask_database(self) -> None:
-        with self._database.reading() as session:
-            session.execute(text("SELECT 1"))

@@ -105,6 +105,15 @@ class Database:
             error.may_be_stored = is_committing and not isinstance(error, InsufficientStorageError)
             raise
 
+    def ping(self) -> None:
+        """Ask the database something.
+
+        Raises:
+            StorageError: It does not answer.
+        """
+        with self.reading() as session:
+            session.execute(select(1))
+
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``work(...)``, done in one of the database's threads. Cancelled, it is done nevertheless."""
         loop = asyncio.get_running_loop()
