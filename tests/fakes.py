@@ -11,8 +11,9 @@ from torch import Tensor
 
 from evermini.engine.engine import Engine
 from evermini.engine.request import Event, Finished, PromptDone, TokenOutput
-from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache
+from evermini.models.batch import BLOCK_SIZE, AdapterRows, ForwardBatch, KVCache
 from evermini.models.config import ModelConfig
+from evermini.models.lora import LoraWeights
 
 
 def tiny_config(vocab_size: int = 97, max_position: int = 8192) -> ModelConfig:
@@ -30,6 +31,16 @@ def tiny_config(vocab_size: int = 97, max_position: int = 8192) -> ModelConfig:
         rms_norm_eps=1e-6,
         tie_embeddings=False,
     )
+
+
+class TinyAdapter:
+    """Changes every hidden state of its rows in every layer."""
+
+    num_bytes = 1000
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(1000 + seed)
+        self.shift = torch.randn(32, generator=generator, dtype=torch.float64)
 
 
 class TinyModel:
@@ -72,6 +83,9 @@ class TinyModel:
             memory.fill_(torch.nan)
         return kv
 
+    def load_adapter(self, lora: LoraWeights) -> TinyAdapter:
+        return TinyAdapter(lora.rank)
+
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         return self.forward_hidden(batch, kv)[0]
 
@@ -84,6 +98,9 @@ class TinyModel:
         hidden = self._embed[batch.token_ids] + self._place(batch.positions)
         block, offset = batch.slots // BLOCK_SIZE, batch.slots % BLOCK_SIZE
         for layer, weights in enumerate(self._layers):
+            for part in batch.adapters:
+                assert isinstance(part.adapter, TinyAdapter)
+                hidden[part.start : part.end] += part.adapter.shift
             x = hidden / hidden.norm(dim=-1, keepdim=True) * c.hidden_size**0.5
             q = (x @ weights["q"]).view(-1, c.num_heads, c.head_dim)
             kv.k[layer][block, 0, :, offset] = x @ weights["k"]
@@ -108,7 +125,9 @@ class TinyModel:
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def greedy_oracle(model: TinyModel, prompt_ids: list[int], num_tokens: int) -> list[int]:
+def greedy_oracle(
+    model: TinyModel, prompt_ids: list[int], num_tokens: int, adapter: TinyAdapter | None = None
+) -> list[int]:
     """Generate greedily without the engine: the whole sequence anew for each token, in blocks of its own."""
     token_ids = list(prompt_ids)
     for _ in range(num_tokens):
@@ -122,6 +141,7 @@ def greedy_oracle(model: TinyModel, prompt_ids: list[int], num_tokens: int) -> l
             context_lens=torch.tensor([length], dtype=torch.int32),
             block_tables=torch.arange(num_blocks, dtype=torch.int32)[None],
             logits_rows=torch.tensor([length - 1]),
+            adapters=() if adapter is None else (AdapterRows(adapter, 0, length),),
         )
         token_ids.append(int(model.forward(batch, model.new_kv_cache(num_blocks)).argmax()))
     return token_ids[len(prompt_ids) :]

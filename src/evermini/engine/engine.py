@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
 from evermini.engine.masks import MaskFiller, MaskTimes, PendingMasks
 from evermini.engine.request import (
@@ -35,7 +36,8 @@ from evermini.engine.scheduler import Chunk, Scheduler
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import Drafter
 from evermini.errors import ContextLengthError, EngineError, InvalidRequestError, OverloadedError
-from evermini.models.batch import BLOCK_SIZE, ForwardBatch, Model
+from evermini.models.batch import BLOCK_SIZE, Adapter, AdapterRows, ForwardBatch, Model
+from evermini.models.lora import LoraWeights
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,14 @@ class Engine:
         """A request is unfinished, or an event not yet returned by `step`."""
         return bool(self._sequences or self._events)
 
+    def load_adapter(self, lora: LoraWeights) -> Adapter:
+        """Return an adapter as the model computes with it; safe from any thread.
+
+        Raises:
+            AdapterError: It does not fit the model.
+        """
+        return self._model.load_adapter(lora)
+
     def validate(self, prompt_ids: abc.Sequence[int], params: SamplingParams) -> None:
         """Refuse what could never be served. Changes nothing; safe from any thread.
 
@@ -195,6 +205,7 @@ class Engine:
         *,
         cache_salt: bytes = b"",
         priority: int = INTERACTIVE,
+        adapter: LoadedAdapter | None = None,
     ) -> None:
         """Let a request wait for the next steps.
 
@@ -204,6 +215,7 @@ class Engine:
             params: How to generate.
             cache_salt: Requests with different salts share no KV memory.
             priority: `INTERACTIVE` or `BATCH`.
+            adapter: What to compute it with, on top of the model; with another one no KV memory is shared.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -225,11 +237,12 @@ class Engine:
             num_prompt=len(prompt_ids),
             params=params,
             sampler=Sampler(params, seed),
-            chain=PrefixChain(cache_salt),
+            chain=PrefixChain(cache_salt, b"" if adapter is None else adapter.key),
             constraint=None if params.constraint is None else params.constraint.start(),
             drafter=Drafter(token_ids, params.prediction, params.stop_token_ids)
             if self._speculation or params.prediction
             else None,
+            adapter=adapter,
         )
         self._num_added += 1
         self._sequences[request_id] = sequence
@@ -245,7 +258,7 @@ class Engine:
 
         A failing model ends the requests of this step with `Finished` ``"error"``; the engine lives on.
         """
-        if chunks := self._scheduler.schedule():
+        if chunks := sorted(self._scheduler.schedule(), key=_adapter_key):
             started = time.perf_counter()
             masks = self._masks.begin([c.sequence for c in chunks if _draws(c)])
             try:
@@ -332,6 +345,7 @@ class Engine:
             context_lens=torch.tensor([chunk.context for chunk in chunks], dtype=torch.int32),
             block_tables=torch.from_numpy(block_tables),
             logits_rows=torch.tensor(rows, dtype=torch.int64),
+            adapters=_adapter_rows(chunks, query_start.tolist()),
         )
         with torch.inference_mode():
             if any(chunk.sequence.is_pooling for chunk in chunks):
@@ -457,6 +471,27 @@ class Engine:
         del self._sequences[sequence.request_id]
         self._finished[reason] += 1
         self._events.append((sequence.request_id, Finished(reason, message)))
+
+
+def _adapter_key(chunk: Chunk) -> bytes:
+    """Sort chunks by adapter, those without one first, so that each adapter's rows stand together."""
+    adapter = chunk.sequence.adapter
+    return b"" if adapter is None else adapter.key
+
+
+def _adapter_rows(chunks: list[Chunk], starts: list[int]) -> tuple[AdapterRows, ...]:
+    """Return the runs of rows with adapters; chunk ``i`` has the rows ``starts[i]:starts[i + 1]``."""
+    runs: list[AdapterRows] = []
+    previous = b""
+    for chunk, start, end in zip(chunks, starts, starts[1:], strict=False):
+        if (adapter := chunk.sequence.adapter) is None:
+            continue
+        if adapter.key == previous:
+            runs[-1] = replace(runs[-1], end=end)
+        else:
+            runs.append(AdapterRows(adapter.weights, start, end))
+        previous = adapter.key
+    return tuple(runs)
 
 
 def _wanted_rows(chunk: Chunk) -> range:

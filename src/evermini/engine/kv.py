@@ -8,8 +8,8 @@
 - only full blocks whose every token is computed are published under a key, and a key names at most one block;
 - a published block is never written again, so sharing needs no copy.
 
-A key is the hash of the parent's key and the block's token ids: equal keys mean equal token prefixes, and the keys
-and values of a token depend on nothing else.
+A key is the hash of the parent's key and the block's token ids, and the first parent is the adapter's: equal keys mean
+equal token prefixes under the same adapter, and the keys and values of a token depend on nothing else.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ class PrefixChain:
     """Keys of the full blocks of a growing run of tokens.
 
     Args:
-        salt: What else the keys and values depend on (an adapter), or who may share them. Chains with different
-            salts have no key in common.
+        salt: Who may share the keys and values.
+        adapter: Key (at most 64 bytes) of the adapter that they are computed with. Chains that differ in one of the
+            two have no key in common.
     """
 
-    def __init__(self, salt: bytes = b"") -> None:
-        self._parent = blake2b(salt, digest_size=_KEY_BYTES).digest()
+    def __init__(self, salt: bytes = b"", adapter: bytes = b"") -> None:
+        self._parent = blake2b(salt, key=adapter, digest_size=_KEY_BYTES).digest()
         self.keys: list[BlockKey] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:

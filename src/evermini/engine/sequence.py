@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.constraint import ConstraintState
 from evermini.engine.kv import BlockKey, PrefixChain
 from evermini.engine.request import SamplingParams, TokenLogprob
@@ -56,6 +57,7 @@ class Sequence:
     priority: int = 0
     constraint: ConstraintState | None = None
     drafter: Drafter | None = None
+    adapter: LoadedAdapter | None = None
     is_running: bool = False
     num_computed: int = 0
     cached_tokens: int | None = None

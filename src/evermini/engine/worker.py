@@ -25,9 +25,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Self
 
+from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.engine import Engine, EngineStats, overloaded
 from evermini.engine.request import INTERACTIVE, Event, Finished, SamplingParams
 from evermini.errors import EngineStoppedError
+from evermini.models.batch import Adapter
+from evermini.models.lora import LoraWeights
 
 log = logging.getLogger(__name__)
 
@@ -190,6 +193,14 @@ class EngineWorker:
     def __exit__(self, *exc: object) -> None:
         self.stop(timeout=0.0)
 
+    def load_adapter(self, lora: LoraWeights) -> Adapter:
+        """Return an adapter as the model computes with it. Blocks, but not the engine.
+
+        Raises:
+            AdapterError: It does not fit the model.
+        """
+        return self._engine.load_adapter(lora)
+
     def validate(self, prompt_ids: abc.Sequence[int], params: SamplingParams) -> None:
         """Refuse what `submit` would refuse for its content."""
         self._engine.validate(prompt_ids, params)
@@ -202,6 +213,7 @@ class EngineWorker:
         *,
         cache_salt: bytes = b"",
         priority: int = INTERACTIVE,
+        adapter: LoadedAdapter | None = None,
     ) -> Submission:
         """Hand a request to the engine. Never waits.
 
@@ -211,6 +223,7 @@ class EngineWorker:
             request_id: Not the id of an unfinished request; ``None``: a random one.
             cache_salt: Requests with different salts share no KV memory.
             priority: `INTERACTIVE` or `BATCH`.
+            adapter: What to compute it with, on top of the model.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -238,6 +251,7 @@ class EngineWorker:
                     params,
                     cache_salt=cache_salt,
                     priority=priority,
+                    adapter=adapter,
                 )
             )
         return submission

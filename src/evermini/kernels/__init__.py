@@ -27,7 +27,7 @@ from evermini.config import default_home
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("linear.c", "attention.c", "decoder.c", "recall.c")
+SOURCES = ("linear.c", "lora.c", "attention.c", "decoder.c", "recall.c")
 HEADERS = ("simd.h", "evermini.h")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 
@@ -49,12 +49,32 @@ class Activation(ctypes.Structure):
     _fields_ = (("q", _P), ("scale", _P), ("group_sums", _P))
 
 
+class LoraFactors(ctypes.Structure):
+    """``LoraFactors`` of evermini.h."""
+
+    _fields_ = (("a", _P), ("b", _P), ("scale", ctypes.c_float), ("rank", _I), ("start", _I))
+
+
+LORA_PARTS = 7
+LoraLayer = LoraFactors * LORA_PARTS
+"""``LoraLayer`` of evermini.h: q, k, v, o, gate, up, down."""
+
+
+class Lora(ctypes.Structure):
+    """``Lora`` of evermini.h."""
+
+    _fields_ = (
+        ("first", _I), ("num_segments", _I), ("stride", _I), ("starts", _P), ("segments", _P), ("layers", _P),
+        ("x", _P), ("t", _P),
+    )  # fmt: skip
+
+
 class Batch(ctypes.Structure):
     """``Batch`` of evermini.h."""
 
     _fields_ = (
         ("num_tokens", _I), ("num_seqs", _I), ("max_blocks", _I), ("positions", _P), ("slots", _P),
-        ("query_start", _P), ("context_lens", _P), ("block_tables", _P),
+        ("query_start", _P), ("context_lens", _P), ("block_tables", _P), ("lora", _P),
     )  # fmt: skip
 
 

@@ -93,11 +93,18 @@ static void rms_norm_row(const float *x, const float *weight, int64_t n, float e
 
 INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
 
-static void norm_quantize_team(Team *team, const float *x, const float *weight, int64_t m, int64_t k, float eps, const Activation *out) {
+/* Rows with adapters leave their inputs in lora->x, too. */
+static void norm_quantize_team(Team *team, const float *x, const float *weight, int64_t m, int64_t k, float eps, const Activation *out,
+                               const Lora *lora) {
 #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < m; r++) {
         float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
         rms_norm_row(x + r * k, weight, k, eps, tmp);
+        if (lora && r >= lora->first) {
+            float *kept = lora->x + (r - lora->first) * padded(k);
+            memcpy(kept, tmp, k * 4);
+            memset(kept + k, 0, (padded(k) - k) * 4);
+        }
         quantize_row(tmp, k, out, r);
     }
     team_wait(team);
@@ -164,10 +171,13 @@ void team_wait(Team *team) {
 void em_layers(const Shape *s, const Layer *layers, int64_t count, const Batch *b, const Workspace *ws, float *hidden,
                uint16_t *const *k_caches, uint16_t *const *v_caches) {
     const int64_t m = b->num_tokens, hidden_size = s->hidden_size, attn_size = s->num_heads * s->head_dim;
+    const int64_t kv_size = s->num_kv_heads * s->head_dim;
     int64_t partial_floats;
     void *plan;
     const int64_t tasks = attention_plan(s, b, &plan, &partial_floats);
     float *partial = thread_scratch(SCRATCH_PARTIAL, partial_floats * sizeof(float));
+    const Lora *lora = b->lora;
+    const int64_t first = lora ? lora->first : m;
     Team state = {0}, *team = &state;
 #pragma omp parallel
     {
@@ -175,16 +185,28 @@ void em_layers(const Shape *s, const Layer *layers, int64_t count, const Batch *
         for (int64_t i = 0; i < count; i++) {
             const Layer *layer = &layers[i];
             const int64_t gated_size = layer->gate_up.n / 2;
-            norm_quantize_team(team, hidden, layer->input_norm, m, hidden_size, s->rms_eps, &ws->act);
-            linear_team(team, &layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, STORE);
+            const LoraCall calls[] = {
+                {lora, i, LORA_Q, 3, {attn_size, kv_size, kv_size}},
+                {lora, i, LORA_O, 1, {hidden_size}},
+                {lora, i, LORA_GATE, 2, {gated_size, gated_size}},
+                {lora, i, LORA_DOWN, 1, {hidden_size}},
+            };
+            const LoraCall *qkv = lora ? &calls[0] : NULL, *o = lora ? &calls[1] : NULL;
+            const LoraCall *gate_up = lora ? &calls[2] : NULL, *down = lora ? &calls[3] : NULL;
+            norm_quantize_team(team, hidden, layer->input_norm, m, hidden_size, s->rms_eps, &ws->act, lora);
+            if (lora) lora_team(team, qkv, lora->x, padded(hidden_size), hidden_size);
+            linear_team(team, &layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, STORE, qkv);
             store_kv_team(team, s, b, ws->qkv, layer->q_norm, layer->k_norm, k_caches[i], v_caches[i]);
             attention_team(team, s, b, plan, tasks, ws->qkv, k_caches[i], v_caches[i], ws->attn, partial);
             quantize_team(team, ws->attn, m, attn_size, attn_size, &ws->act);
-            linear_team(team, &layer->o, &ws->act, m, hidden, hidden_size, ADD);
-            norm_quantize_team(team, hidden, layer->post_norm, m, hidden_size, s->rms_eps, &ws->act);
-            linear_team(team, &layer->gate_up, &ws->act, m, ws->gated, gated_size, GATE);
+            if (lora) lora_team(team, o, ws->attn + first * attn_size, attn_size, attn_size);
+            linear_team(team, &layer->o, &ws->act, m, hidden, hidden_size, ADD, o);
+            norm_quantize_team(team, hidden, layer->post_norm, m, hidden_size, s->rms_eps, &ws->act, lora);
+            if (lora) lora_team(team, gate_up, lora->x, padded(hidden_size), hidden_size);
+            linear_team(team, &layer->gate_up, &ws->act, m, ws->gated, gated_size, GATE, gate_up);
             quantize_team(team, ws->gated, m, gated_size, s->intermediate_size, &ws->act);
-            linear_team(team, &layer->down, &ws->act, m, hidden, hidden_size, ADD);
+            if (lora) lora_team(team, down, ws->gated + first * gated_size, gated_size, s->intermediate_size);
+            linear_team(team, &layer->down, &ws->act, m, hidden, hidden_size, ADD, down);
         }
     }
 }
@@ -196,8 +218,8 @@ void em_qkv(const Shape *s, const Layer *layer, const Workspace *ws, const float
 #pragma omp parallel
     {
         TEAM_START(state);
-        norm_quantize_team(team, hidden, layer->input_norm, m, s->hidden_size, s->rms_eps, &ws->act);
-        linear_team(team, &layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, STORE);
+        norm_quantize_team(team, hidden, layer->input_norm, m, s->hidden_size, s->rms_eps, &ws->act, NULL);
+        linear_team(team, &layer->qkv, &ws->act, m, ws->qkv, layer->qkv.n, STORE, NULL);
         if (layer->q_norm) {
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < m; t++)
@@ -216,8 +238,8 @@ void em_logits(const Shape *s, const float *norm, const Linear *head, const Work
 #pragma omp parallel
     {
         TEAM_START(state);
-        norm_quantize_team(team, hidden, norm, m, s->hidden_size, s->rms_eps, &ws->act);
-        linear_team(team, head, &ws->act, m, logits, head->n, STORE);
+        norm_quantize_team(team, hidden, norm, m, s->hidden_size, s->rms_eps, &ws->act, NULL);
+        linear_team(team, head, &ws->act, m, logits, head->n, STORE, NULL);
     }
 }
 
@@ -228,6 +250,6 @@ void em_linear(const Linear *w, const Activation *act, const float *x, int64_t m
     {
         TEAM_START(state);
         quantize_team(team, x, m, w->k, w->k, act);
-        linear_team(team, w, act, m, y, w->n, STORE);
+        linear_team(team, w, act, m, y, w->n, STORE, NULL);
     }
 }

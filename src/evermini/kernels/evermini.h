@@ -33,6 +33,38 @@ typedef struct {
 } Team;
 void team_wait(Team *team);
 
+/* What an adapter adds to one linear layer: y += scale * (x a^T) b^T, in half precision; rank 0: nothing. `start` is
+ * the place of its x a^T in a row of Lora.t, behind those of the layers that are fused with it. */
+typedef struct {
+    const uint16_t *a; /* (rank, inputs rounded up to 16) */
+    const uint16_t *b; /* (outputs / 16, rank, 16) */
+    float scale;
+    int64_t rank, start;
+} LoraFactors;
+
+enum { LORA_Q, LORA_K, LORA_V, LORA_O, LORA_GATE, LORA_UP, LORA_DOWN, LORA_PARTS };
+typedef struct {
+    LoraFactors part[LORA_PARTS];
+} LoraLayer;
+
+/* The adapters of a batch. Rows from `first` on have one each, in runs (segments) of the same. */
+typedef struct {
+    int64_t first, num_segments, stride;
+    const int32_t *starts;          /* (segments + 1) first rows, the last one the batch's end */
+    const int32_t *segments;        /* (T - first) */
+    const LoraLayer *const *layers; /* (segments) each adapter's, by layer */
+    float *x;                       /* (T - first, hidden_size rounded up to 32) inputs before they are rotated */
+    float *t;                       /* (T - first, stride) scale * x a^T */
+} Lora;
+
+/* The part of an adapter that goes with a linear layer: `count` fused layers from `part` on, of `sizes` outputs. */
+typedef struct {
+    const Lora *lora;
+    int64_t layer;
+    int part, count;
+    int64_t sizes[3];
+} LoraCall;
+
 /* What one forward pass computes; see models/batch.py. */
 typedef struct {
     int64_t num_tokens, num_seqs, max_blocks;
@@ -41,6 +73,7 @@ typedef struct {
     const int32_t *query_start;  /* (S + 1) */
     const int32_t *context_lens; /* (S) */
     const int32_t *block_tables; /* (S, max_blocks) */
+    const Lora *lora;            /* NULL: no row has an adapter */
 } Batch;
 
 typedef struct {
@@ -64,7 +97,10 @@ typedef struct {
 /* STORE: y = x W^T. ADD: y += x W^T (a residual). GATE: W's rows are 32 gates, 32 factors, 32 gates, ... and y, half as
  * wide, is silu(gate) * factor. */
 typedef enum { STORE, ADD, GATE } Output;
-void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output);
+void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output,
+                 const LoraCall *lora);
+/* Fill lora->t for a call from its rows' inputs x (T - first, ldx) with k inputs; the rest up to 16 of them is 0. */
+void lora_team(Team *team, const LoraCall *call, const float *x, int64_t ldx, int64_t k);
 int64_t attention_plan(const Shape *s, const Batch *b, void **tasks, int64_t *partial_floats);
 void attention_team(Team *team, const Shape *s, const Batch *b, const void *tasks, int64_t count, const float *qkv,
                     const uint16_t *k, const uint16_t *v, float *attn, float *partial);

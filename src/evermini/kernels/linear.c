@@ -50,21 +50,73 @@ INLINE f32x16 silu(f32x16 g) {
     return g * selectf(g >= 0, splatf(1), e) / (e + 1.0f);
 }
 
-/* Turn one row's `vectors` sums of a panel (vector i is number z0 + i * step) into outputs of y's row. */
-INLINE void finish(const Linear *w, const i32x16 *acc, int z0, int step, int vectors, float scale, int64_t n0, float *y,
-                   Output output) {
+/* Turn one row's `vectors` sums of a panel (vector i is number z0 + i * step) into outputs of y's row, each with what
+ * its adapter adds to it; delta is NULL (a constant) for rows without one. */
+INLINE void finish(const Linear *w, const i32x16 *acc, const f32x16 *delta, int z0, int step, int vectors, float scale,
+                   int64_t n0, float *y, Output output) {
     if (output == GATE) { /* the panel is 2 vectors of gates, then the 2 of their factors */
         UNROLL for (int i = 0; i < vectors / 2; i++) {
             const int64_t n = n0 + (z0 + i * step) * 16;
-            const f32x16 gate = scaled(w, acc[i], scale, n), up = scaled(w, acc[i + vectors / 2], scale, n + 32);
+            f32x16 gate = scaled(w, acc[i], scale, n), up = scaled(w, acc[i + vectors / 2], scale, n + 32);
+            if (delta) {
+                gate += delta[i];
+                up += delta[i + vectors / 2];
+            }
             write_vector(y, n0 / 2 + (z0 + i * step) * 16, w->n / 2, silu(gate) * up, STORE);
         }
         return;
     }
     UNROLL for (int i = 0; i < vectors; i++) {
         const int64_t n = n0 + (z0 + i * step) * 16;
-        write_vector(y, n, w->n, scaled(w, acc[i], scale, n), output);
+        const f32x16 v = scaled(w, acc[i], scale, n);
+        write_vector(y, n, w->n, delta ? v + delta[i] : v, output);
     }
+}
+
+/* What the adapter of `rows` (constant) rows from row0 on adds to the vector of w's channels n to n + 15. */
+INLINE void lora_vector(const Linear *w, const LoraCall *call, int rows, int64_t row0, int64_t n, Output output,
+                        f32x16 *delta, int64_t ld) {
+    const Lora *l = call->lora;
+    UNROLL for (int r = 0; r < rows; r++) delta[r * ld] = splatf(0);
+    if (n >= w->n) return;
+    int part = 0;
+    int64_t local = n;
+    if (output == GATE) { /* 32 gates, 32 factors, 32 gates, ... */
+        part = (n >> 5) & 1;
+        local = (n >> 6) * 32 + (n & 31);
+    } else {
+        while (part + 1 < call->count && local >= call->sizes[part]) local -= call->sizes[part++];
+    }
+    const LoraFactors *f = &l->layers[l->segments[row0 - l->first]][call->layer].part[call->part + part];
+    const float *t = l->t + (row0 - l->first) * l->stride + f->start;
+    const uint16_t *b = f->b + local * f->rank;
+    for (int64_t j = 0; j < f->rank; j++, b += 16) {
+        const f32x16 v = half_to_float(b);
+        UNROLL for (int r = 0; r < rows; r++) delta[r * ld] += v * t[r * l->stride + j];
+    }
+}
+
+/* `finish` for `rows` (constant, at most TILE) rows; call is NULL (a constant) if they have no adapters. */
+INLINE void finish_rows(const Linear *w, const i32x16 (*acc)[4], const LoraCall *call, int rows, int z0, int step,
+                        int vectors, const Activation *x, int64_t row0, int64_t n0, float *y, int64_t ldy,
+                        Output output) {
+    if (!call) {
+        UNROLL for (int r = 0; r < rows; r++)
+            finish(w, acc[r], NULL, z0, step, vectors, x->scale[row0 + r], n0, y + (row0 + r) * ldy, output);
+        return;
+    }
+    f32x16 delta[TILE][4];
+    const int32_t *segments = call->lora->segments + row0 - call->lora->first;
+    for (int i = 0; i < vectors; i++) {
+        const int64_t n = n0 + (z0 + i * step) * 16;
+        if (segments[0] == segments[rows - 1]) {
+            lora_vector(w, call, rows, row0, n, output, &delta[0][i], 4);
+        } else {
+            for (int r = 0; r < rows; r++) lora_vector(w, call, 1, row0 + r, n, output, &delta[r][i], 4);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        finish(w, acc[r], delta[r], z0, step, vectors, x->scale[row0 + r], n0, y + (row0 + r) * ldy, output);
 }
 
 /* The 4 packed steps j and j+4 of vector z of one group, as bytes q + 2^(bits-1). */
@@ -92,7 +144,8 @@ INLINE i32x16 group_scales(int bits, const uint8_t *group, int z) {
 
 /* Few rows straight from the packed panel: `rows` x `vectors` sums (every step-th vector from z0); constants all. */
 INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, int z0, int step, int vectors,
-                     const Activation *x, int64_t row0, int64_t n0, float *y, int64_t ldy, Output output) {
+                     const Activation *x, int64_t row0, int64_t n0, float *y, int64_t ldy, Output output,
+                     const LoraCall *lora) {
     i32x16 total[4][4];
     const int64_t groups = w->k_padded / GROUP;
     const int8_t *xq[4];
@@ -140,20 +193,25 @@ INLINE void few_rows(const Linear *w, const uint8_t *panel, int bits, int rows, 
             }
         }
     }
-    for (int r = 0; r < rows; r++)
-        finish(w, total[r], z0, step, vectors, x->scale[row0 + r], n0, y + (row0 + r) * ldy, output);
+    finish_rows(w, total, lora, rows, z0, step, vectors, x, row0, n0, y, ldy, output);
 }
 
-INLINE void few_rows_panel(const Linear *w, const uint8_t *panel, int bits, const Activation *x, int64_t m,
-                           int64_t n0, float *y, int64_t ldy, Output output) {
-    int64_t row = 0;
-    for (; row + 4 <= m; row += 4)
-        for (int z = 0; z < 2; z++) few_rows(w, panel, bits, 4, z, 2, 2, x, row, n0, y, ldy, output);
-    if (row + 2 <= m) {
-        for (int z = 0; z < 2; z++) few_rows(w, panel, bits, 2, z, 2, 2, x, row, n0, y, ldy, output);
+INLINE void few_rows_panel(const Linear *w, const uint8_t *panel, int bits, const Activation *x, int64_t row,
+                           int64_t end, int64_t n0, float *y, int64_t ldy, Output output, const LoraCall *lora) {
+    for (; row + 4 <= end; row += 4)
+        for (int z = 0; z < 2; z++) few_rows(w, panel, bits, 4, z, 2, 2, x, row, n0, y, ldy, output, lora);
+    if (row + 2 <= end) {
+        for (int z = 0; z < 2; z++) few_rows(w, panel, bits, 2, z, 2, 2, x, row, n0, y, ldy, output, lora);
         row += 2;
     }
-    if (row < m) few_rows(w, panel, bits, 1, 0, 1, 4, x, row, n0, y, ldy, output);
+    if (row < end) few_rows(w, panel, bits, 1, 0, 1, 4, x, row, n0, y, ldy, output, lora);
+}
+
+/* Rows up to `plain` have no adapter. Each kind has code of its own, so the one does not slow the other. */
+INLINE void few_rows_bits(const Linear *w, const uint8_t *panel, int bits, const Activation *x, int64_t plain,
+                          int64_t m, int64_t n0, float *y, int64_t ldy, Output output, const LoraCall *lora) {
+    few_rows_panel(w, panel, bits, x, 0, plain, n0, y, ldy, output, NULL);
+    if (plain < m) few_rows_panel(w, panel, bits, x, plain, m, n0, y, ldy, output, lora);
 }
 
 /* Write a panel's weights as u8 = weight + 128 in the 8-bit layout. */
@@ -181,7 +239,7 @@ INLINE void expand(const Linear *w, const uint8_t *panel, int bits, uint8_t *out
 
 /* `rows` (constant) x 64 channels over all inputs of an 8-bit panel. */
 INLINE void tile(const Linear *w, const uint8_t *panel, int rows, const Activation *x, int64_t row0,
-                 int64_t n0, float *y, int64_t ldy, Output output) {
+                 int64_t n0, float *y, int64_t ldy, Output output, const LoraCall *lora) {
     i32x16 acc[TILE][4];
     const int64_t groups = w->k_padded / GROUP;
     const int8_t *xq = x->q + row0 * w->k_padded;
@@ -200,37 +258,48 @@ INLINE void tile(const Linear *w, const uint8_t *panel, int rows, const Activati
             UNROLL for (int z = 0; z < 4; z++) acc[r][z] = dot4(acc[r][z], v[z], b);
         }
     }
-    UNROLL for (int r = 0; r < rows; r++)
-        finish(w, acc[r], 0, 1, 4, x->scale[row0 + r], n0, y + (row0 + r) * ldy, output);
+    finish_rows(w, acc, lora, rows, 0, 1, 4, x, row0, n0, y, ldy, output);
 }
 
-static void tile_rows(const Linear *w, const uint8_t *panel, const Activation *x, int64_t row, int64_t end,
-                      int64_t n0, float *y, int64_t ldy, Output output) {
+INLINE void tile_rows(const Linear *w, const uint8_t *panel, const Activation *x, int64_t row, int64_t end,
+                      int64_t n0, float *y, int64_t ldy, Output output, const LoraCall *lora) {
     for (int64_t n; row < end; row += n) {
         const int64_t tiles = (end - row + TILE - 1) / TILE;
         n = (end - row + tiles - 1) / tiles; /* evenly: 8 rows are 4 + 4 */
         switch (n) {
-        case 6: tile(w, panel, 6, x, row, n0, y, ldy, output); break;
-        case 5: tile(w, panel, 5, x, row, n0, y, ldy, output); break;
-        case 4: tile(w, panel, 4, x, row, n0, y, ldy, output); break;
-        case 3: tile(w, panel, 3, x, row, n0, y, ldy, output); break;
-        case 2: tile(w, panel, 2, x, row, n0, y, ldy, output); break;
-        default: tile(w, panel, 1, x, row, n0, y, ldy, output);
+        case 6: tile(w, panel, 6, x, row, n0, y, ldy, output, lora); break;
+        case 5: tile(w, panel, 5, x, row, n0, y, ldy, output, lora); break;
+        case 4: tile(w, panel, 4, x, row, n0, y, ldy, output, lora); break;
+        case 3: tile(w, panel, 3, x, row, n0, y, ldy, output, lora); break;
+        case 2: tile(w, panel, 2, x, row, n0, y, ldy, output, lora); break;
+        default: tile(w, panel, 1, x, row, n0, y, ldy, output, lora);
         }
     }
 }
 
-void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output) {
+static void plain_rows(const Linear *w, const uint8_t *panel, const Activation *x, int64_t row, int64_t end,
+                       int64_t n0, float *y, int64_t ldy, Output output) {
+    tile_rows(w, panel, x, row, end, n0, y, ldy, output, NULL);
+}
+
+static void lora_rows(const Linear *w, const uint8_t *panel, const Activation *x, int64_t row, int64_t end,
+                      int64_t n0, float *y, int64_t ldy, Output output, const LoraCall *lora) {
+    tile_rows(w, panel, x, row, end, n0, y, ldy, output, lora);
+}
+
+void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output,
+                 const LoraCall *lora) {
+    const int64_t plain = lora ? lora->lora->first : m;
     const int64_t panels = (w->n + PANEL - 1) / PANEL, stride = panel_bytes(w);
     if (m < (w->bits == 8 ? 3 : FEW_ROWS)) {
 #pragma omp for schedule(static) nowait
         for (int64_t p = 0; p < panels; p++) {
             const uint8_t *panel = w->data + p * stride;
             switch (w->bits) {
-            case 4: few_rows_panel(w, panel, 4, x, m, p * PANEL, y, ldy, output); break;
-            case 5: few_rows_panel(w, panel, 5, x, m, p * PANEL, y, ldy, output); break;
-            case 6: few_rows_panel(w, panel, 6, x, m, p * PANEL, y, ldy, output); break;
-            default: few_rows_panel(w, panel, 8, x, m, p * PANEL, y, ldy, output);
+            case 4: few_rows_bits(w, panel, 4, x, plain, m, p * PANEL, y, ldy, output, lora); break;
+            case 5: few_rows_bits(w, panel, 5, x, plain, m, p * PANEL, y, ldy, output, lora); break;
+            case 6: few_rows_bits(w, panel, 6, x, plain, m, p * PANEL, y, ldy, output, lora); break;
+            default: few_rows_bits(w, panel, 8, x, plain, m, p * PANEL, y, ldy, output, lora);
             }
         }
         team_wait(team);
@@ -247,7 +316,8 @@ void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, fl
         case 5: expand(w, panel, 5, scratch); panel = scratch; break;
         case 6: expand(w, panel, 6, scratch); panel = scratch; break;
         }
-        tile_rows(w, panel, x, row, end, p * PANEL, y, ldy, output);
+        if (row < plain) plain_rows(w, panel, x, row, end < plain ? end : plain, p * PANEL, y, ldy, output);
+        if (plain < end) lora_rows(w, panel, x, row > plain ? row : plain, end, p * PANEL, y, ldy, output, lora);
     }
     team_wait(team);
 }

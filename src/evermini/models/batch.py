@@ -6,18 +6,37 @@ import contextlib
 import math
 import mmap
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from evermini.models.config import ModelConfig
+from evermini.models.lora import LoraWeights
 
 BLOCK_SIZE = 32
 """Tokens per KV block."""
 
 HUGE_PAGE = 2 << 20
+
+
+class Adapter(Protocol):
+    """An adapter (LoRA) in the form that one model computes with; made by its `Model.load_adapter`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        ...
+
+
+@dataclass(frozen=True)
+class AdapterRows:
+    """Rows ``start:end`` of a batch are computed under ``adapter``."""
+
+    adapter: Adapter
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,8 @@ class ForwardBatch:
         context_lens: (S,) int32, tokens in the sequence after this step.
         block_tables: (S, max_blocks) int32, the sequence's blocks in order; entries past its end are 0 and unread.
         logits_rows: (R,) int64, rows whose logits are wanted, ascending.
+        adapters: Runs of rows with adapters, each beginning where the one before it ends, the last one at T; rows
+            without one come before all of them.
     """
 
     token_ids: Tensor
@@ -44,10 +65,20 @@ class ForwardBatch:
     context_lens: Tensor
     block_tables: Tensor
     logits_rows: Tensor
+    adapters: tuple[AdapterRows, ...] = ()
 
     def to(self, device: torch.device) -> ForwardBatch:
         """Return the batch on ``device``."""
-        return ForwardBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+        return ForwardBatch(
+            self.token_ids.to(device),
+            self.positions.to(device),
+            self.slots.to(device),
+            self.query_start.to(device),
+            self.context_lens.to(device),
+            self.block_tables.to(device),
+            self.logits_rows.to(device),
+            self.adapters,
+        )
 
 
 def whole_prompt(token_ids: Tensor) -> ForwardBatch:
@@ -126,6 +157,10 @@ class Model(Protocol):
 
     def new_kv_cache(self, num_blocks: int) -> KVCache:
         """Allocate KV memory in the dtype and on the device this model computes with."""
+        ...
+
+    def load_adapter(self, lora: LoraWeights) -> Adapter:
+        """Return an adapter that fits this model, for `ForwardBatch.adapters`; safe from any thread."""
         ...
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:

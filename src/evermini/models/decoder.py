@@ -16,9 +16,11 @@ from torch import Tensor
 from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys, whole_prompt
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
+from evermini.models.lora import LoraWeights
 from evermini.models.quantize import quantize_activations, quantize_weight
 from evermini.models.rms_norm import rms_norm
 from evermini.models.rope import apply_rope, rope_tables
+from evermini.models.torch_lora import AdapterStack, BoundAdapters, TorchAdapter
 
 LinearOp = Callable[[Tensor], Tensor]
 
@@ -158,6 +160,7 @@ class Decoder:
             name = "model.embed_tokens" if self.config.tie_embeddings else "lm_head"
             self.head = linear(checkpoint.tensor(f"{name}.weight"), None)
         self.cos, self.sin = rope_tables(self.config, self.device)
+        self._stack: AdapterStack | None = None
 
     def new_kv_cache(self, num_blocks: int) -> KVCache:
         """Allocate KV memory in the dtype and on the device this model computes with."""
@@ -167,6 +170,15 @@ class Decoder:
     def kv_dtype(self) -> torch.dtype:
         """The dtype `new_kv_cache` uses."""
         return self.dtype
+
+    def load_adapter(self, lora: LoraWeights) -> TorchAdapter:
+        """Return an adapter that fits this model, on its device.
+
+        Raises:
+            AdapterError: It does not fit.
+        """
+        lora.check(self.config)
+        return TorchAdapter(lora, self.config, self.dtype, self.device)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
@@ -185,35 +197,64 @@ class Decoder:
     def _last_layer(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return (T, hidden_size) after the last layer."""
         hidden = F.embedding(batch.token_ids, self.embedding)
+        adapters = self._bind(batch)
         for index in range(self.config.num_layers):
-            hidden = self.run_layer(index, hidden, batch, kv)
+            hidden = self.run_layer(index, hidden, batch, kv, adapters)
         return hidden
+
+    def _bind(self, batch: ForwardBatch) -> BoundAdapters | None:
+        """Return the batch's adapters side by side; those of the last batch stay, for the next one has the same."""
+        if not batch.adapters:
+            self._stack = None  # it holds memory of adapters that may be gone
+            return None
+        wanted: list[TorchAdapter] = []
+        for part in batch.adapters:
+            assert isinstance(part.adapter, TorchAdapter), "the adapter is another model's"
+            wanted.append(part.adapter)
+        if self._stack is None or self._stack.adapters != tuple(wanted):
+            self._stack = AdapterStack(wanted)
+        return self._stack.bind(batch.adapters, batch.token_ids.shape[0])
 
     def _logits(self, normed: Tensor) -> Tensor:
         return self.head(normed).float().cpu()
 
-    def run_layer(self, index: int, hidden: Tensor, batch: ForwardBatch, kv: KVCache) -> Tensor:
+    def run_layer(
+        self,
+        index: int,
+        hidden: Tensor,
+        batch: ForwardBatch,
+        kv: KVCache,
+        adapters: BoundAdapters | None = None,
+    ) -> Tensor:
         """Return ``hidden`` (T, hidden_size) after layer ``index``; its keys and values go to ``kv``."""
         config, layer = self.config, self.layers[index]
-        q, k, v = self._project(index, hidden)
+        q, k, v = self._project(index, hidden, adapters)
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         blocks, offsets = batch.slots // BLOCK_SIZE, batch.slots % BLOCK_SIZE
         kv.k[index][blocks, :, :, offsets] = k
         kv.v[index][blocks, :, offsets] = v
         attended = attention(q, kv.k[index], kv.v[index], batch)
-        hidden = hidden + layer.o(attended.flatten(1))
-        gate, up = layer.gate_up(rms_norm(hidden, layer.post_norm, config.rms_norm_eps)).chunk(
-            2, -1
-        )
-        return hidden + layer.down(F.silu(gate) * up)
+        hidden = hidden + self._linear(index, "o", attended.flatten(1), adapters)
+        normed = rms_norm(hidden, layer.post_norm, config.rms_norm_eps)
+        gate, up = self._linear(index, "gate_up", normed, adapters).chunk(2, -1)
+        return hidden + self._linear(index, "down", F.silu(gate) * up, adapters)
 
-    def _project(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _linear(
+        self, index: int, name: str, x: Tensor, adapters: BoundAdapters | None = None
+    ) -> Tensor:
+        y: Tensor = getattr(self.layers[index], name)(x)
+        return y if adapters is None else y + adapters.delta(index, name, x)
+
+    def _project(
+        self, index: int, hidden: Tensor, adapters: BoundAdapters | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return layer ``index``'s q, k, v before RoPE, each (T, heads, head_dim)."""
         config, layer = self.config, self.layers[index]
         eps, keys = config.rms_norm_eps, config.num_heads
         values = keys + config.num_kv_heads
-        qkv = layer.qkv(rms_norm(hidden, layer.input_norm, eps)).view(
+        normed = rms_norm(hidden, layer.input_norm, eps)
+        qkv = self._linear(index, "qkv", normed, adapters).view(
             hidden.shape[0], -1, config.head_dim
         )
         q, k, v = qkv[:, :keys], qkv[:, keys:values], qkv[:, values:]

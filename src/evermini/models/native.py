@@ -19,6 +19,8 @@ from evermini.config import default_home
 from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys, whole_prompt
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
+from evermini.models.lora import LoraWeights
+from evermini.models.native_lora import LoraBatch, NativeAdapter
 from evermini.models.packed import open_packed
 from evermini.models.quantize import GROUP
 from evermini.models.rms_norm import rms_norm
@@ -127,6 +129,15 @@ class NativeDecoder:
         """Allocate float16 KV memory."""
         return KVCache(self.config, num_blocks, self.kv_dtype)
 
+    def load_adapter(self, lora: LoraWeights) -> NativeAdapter:
+        """Return an adapter that fits this model in the kernels' form.
+
+        Raises:
+            AdapterError: It does not fit.
+        """
+        lora.check(self.config)
+        return NativeAdapter(lora, self.config)
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return logits (R, vocab_size) float32."""
@@ -142,7 +153,8 @@ class NativeDecoder:
     def _last_layer(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return (T, hidden_size) after the last layer."""
         hidden = self._weights["embedding"][batch.token_ids].float()
-        pointers = self._batch_struct(batch)
+        lora = LoraBatch(batch.adapters, self.config.hidden_size) if batch.adapters else None
+        pointers = self._batch_struct(batch, lora)
         workspace = self._workspace_for(hidden.shape[0])
         self._run_layers(0, self.config.num_layers, hidden, pointers, kv, workspace)
         return hidden
@@ -210,8 +222,8 @@ class NativeDecoder:
         return self._workspace
 
     @staticmethod
-    def _batch_struct(batch: ForwardBatch) -> kernels.Batch:
-        """Point at the batch's tensors; they must outlive the struct."""
+    def _batch_struct(batch: ForwardBatch, lora: LoraBatch | None = None) -> kernels.Batch:
+        """Point at the batch's tensors and its adapters; they must outlive the struct."""
         for tensor in (
             batch.positions,
             batch.slots,
@@ -224,4 +236,5 @@ class NativeDecoder:
             batch.token_ids.shape[0], batch.context_lens.shape[0], batch.block_tables.shape[1],
             batch.positions.data_ptr(), batch.slots.data_ptr(), batch.query_start.data_ptr(),
             batch.context_lens.data_ptr(), batch.block_tables.data_ptr(),
+            None if lora is None else ctypes.addressof(lora.struct),
         )  # fmt: skip
