@@ -22,6 +22,7 @@ from evermini.api import (
     chat,
     completions,
     conversations,
+    description,
     embeddings,
     errors,
     files,
@@ -68,6 +69,25 @@ def drain(app: FastAPI) -> None:
     """
     app.state.readiness.is_draining = True
     app.state.jobs.drain()
+
+ROUTERS = tuple(
+    module.router
+    for module in (
+        chat,
+        stored_chats,
+        responses,
+        conversations,
+        completions,
+        embeddings,
+        files,
+        batches,
+        usage,
+        models,
+        moderations,
+        monitoring,
+    )
+)
+"""All endpoints."""
 
 
 def create_app(runtime: Runtime, database: Database, settings: Settings) -> FastAPI:
@@ -123,7 +143,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         lifespan=lifespan,
         middleware=middleware,
         redirect_slashes=False,
-        openapi_url=None,  # the contract is OpenAI's; their description of it is the reference
+        openapi_url=None,  # routes read their requests themselves: see `description`
     )
     app.state.runtime = runtime
     app.state.settings = settings
@@ -140,20 +160,8 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     app.state.jobs = jobs
     app.state.readiness = readiness
     app.state.responses = service
-    for module in (
-        chat,
-        stored_chats,
-        responses,
-        conversations,
-        completions,
-        embeddings,
-        files,
-        batches,
-        usage,
-        models,
-        moderations,
-        monitoring,
-    ):
-        app.include_router(module.router)
-    errors.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    errors.install(app, ROUTERS)
+    description.install(app, ROUTERS)
     return app

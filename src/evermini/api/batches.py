@@ -10,10 +10,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evermini.api.body import read_request
+from evermini.api.description import PageOf, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.api.middleware import INTERNAL
-from evermini.service.batches.requests import BatchService, parse_batch
+from evermini.service.answers import BatchAnswer
+from evermini.service.batches.requests import BatchCreate, BatchService, parse_batch
 from evermini.service.batches.worker import Execute
 from evermini.service.caller import Caller
 from evermini.service.jobs import JobRunner
@@ -22,6 +24,7 @@ router = APIRouter(prefix="/v1/batches")
 
 
 @router.post("")
+@described(body=BatchCreate, answer=BatchAnswer)
 async def create_batch(request: Request) -> Response:
     """Create a batch."""
     wanted = await read_request(request, parse_batch)
@@ -32,6 +35,7 @@ async def create_batch(request: Request) -> Response:
 
 
 @router.get("")
+@described(query=cursor("desc"), answer=PageOf(BatchAnswer))
 async def list_batches(request: Request) -> Response:
     """List batches, the newest first."""
     cursor = read_cursor(request, order="desc")
@@ -42,12 +46,14 @@ async def list_batches(request: Request) -> Response:
 
 
 @router.get("/{batch_id}")
+@described(answer=BatchAnswer)
 async def retrieve_batch(request: Request, batch_id: str) -> Response:
     """Return a batch."""
     return JsonResponse((await _service(request).get(batch_id)).body)
 
 
 @router.post("/{batch_id}/cancel")
+@described(answer=BatchAnswer)
 async def cancel_batch(request: Request, batch_id: str) -> Response:
     """Let a batch end early."""
     return JsonResponse((await _service(request).cancel(batch_id)).body)

@@ -14,10 +14,12 @@ from starlette.responses import Response
 from evermini.api import sse
 from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
+from evermini.api.description import described
 from evermini.api.progress import ReadingWatch, end
 from evermini.service import chat, wire
+from evermini.service.answers import ChatAnswer, ChatChunk
 from evermini.service.runtime import Runtime
-from evermini.service.schemas import parse_chat
+from evermini.service.schemas import ChatRequest, parse_chat
 from evermini.storage.chats import ChatStore
 from evermini.storage.database import Database
 
@@ -25,6 +27,7 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions")
+@described(body=ChatRequest, answer=ChatAnswer, events=ChatChunk)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
     runtime: Runtime = request.app.state.runtime

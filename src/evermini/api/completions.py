@@ -12,14 +12,17 @@ from starlette.responses import Response
 from evermini.api import sse
 from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
+from evermini.api.description import described
 from evermini.service import completions, wire
+from evermini.service.answers import TextAnswer
 from evermini.service.runtime import Runtime
-from evermini.service.schemas import parse_completion
+from evermini.service.schemas import CompletionRequest, parse_completion
 
 router = APIRouter()
 
 
 @router.post("/v1/completions")
+@described(body=CompletionRequest, answer=TextAnswer, events=TextAnswer)
 async def create_completion(request: Request) -> Response:
     """Continue one or more prompts, at once or as a stream."""
     runtime: Runtime = request.app.state.runtime

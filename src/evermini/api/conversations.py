@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Field, SkipValidation
 from starlette.requests import Request
 from starlette.responses import Response
 
 from evermini.api.body import read_request
+from evermini.api.description import PageOf, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.errors import NotFoundError
 from evermini.service import validation
+from evermini.service.answers import ConversationAnswer, Deleted, Item
 from evermini.service.responses.context import no_conversation
-from evermini.service.responses.items import new_id, parse_items
+from evermini.service.responses.items import InputItem, new_id, parse_items
 from evermini.service.responses.service import Responses
-from evermini.service.schemas import Metadata, parse_metadata_update
+from evermini.service.schemas import Metadata, MetadataUpdate, parse_metadata_update
 from evermini.service.validation import WireModel
 from evermini.storage.conversations import ConversationStore, StoredConversation
 from evermini.storage.database import Database
@@ -27,22 +30,28 @@ router = APIRouter(prefix="/v1/conversations")
 MAX_ITEMS = 20
 """Items that one request may add."""
 
-Items = Annotated[list[Any], Field(max_length=MAX_ITEMS)]
+# `parse_items` checks them.
+Items = Annotated[list[SkipValidation[InputItem]], Field(max_length=MAX_ITEMS)]
 
 
-class _New(WireModel):
+class NewConversation(WireModel):
+    """A conversation that is to be created."""
+
     items: Items | None = None
     metadata: Metadata | None = None
 
 
-class _Addition(WireModel):
+class NewItems(WireModel):
+    """Items that are to be added."""
+
     items: Annotated[Items, Field(min_length=1)]
 
 
 @router.post("")
+@described(body=NewConversation, answer=ConversationAnswer)
 async def create_conversation(request: Request) -> Response:
     """Create a conversation, with items or without."""
-    wanted = await read_request(request, lambda body: validation.parse(_New, body))
+    wanted = await read_request(request, lambda body: validation.parse(NewConversation, body))
     items = await _resolved(request, wanted.items or [])
     database, store = _store(request)
     made = await database.run(store.add, new_id("conv"), wanted.metadata or {}, items)
@@ -50,6 +59,7 @@ async def create_conversation(request: Request) -> Response:
 
 
 @router.get("/{conversation_id}")
+@described(answer=ConversationAnswer)
 async def retrieve_conversation(request: Request, conversation_id: str) -> Response:
     """Return a conversation."""
     database, store = _store(request)
@@ -59,6 +69,7 @@ async def retrieve_conversation(request: Request, conversation_id: str) -> Respo
 
 
 @router.post("/{conversation_id}")
+@described(body=MetadataUpdate, answer=ConversationAnswer)
 async def update_conversation(request: Request, conversation_id: str) -> Response:
     """Replace a conversation's metadata."""
     metadata = await read_request(request, parse_metadata_update)
@@ -68,6 +79,7 @@ async def update_conversation(request: Request, conversation_id: str) -> Respons
 
 
 @router.delete("/{conversation_id}")
+@described(answer=Deleted)
 async def delete_conversation(request: Request, conversation_id: str) -> Response:
     """Delete a conversation and its items; responses that belong to it stay."""
     database, store = _store(request)
@@ -77,9 +89,10 @@ async def delete_conversation(request: Request, conversation_id: str) -> Respons
 
 
 @router.post("/{conversation_id}/items")
+@described(body=NewItems, answer=PageOf(Item))
 async def create_items(request: Request, conversation_id: str) -> Response:
     """Add items at the end."""
-    wanted = await read_request(request, lambda body: validation.parse(_Addition, body))
+    wanted = await read_request(request, lambda body: validation.parse(NewItems, body))
     items = await _resolved(request, wanted.items)
     database, store = _store(request)
     added = await database.run(store.append, conversation_id, items)
@@ -89,6 +102,7 @@ async def create_items(request: Request, conversation_id: str) -> Response:
 
 
 @router.get("/{conversation_id}/items")
+@described(query=cursor("desc"), answer=PageOf(Item))
 async def list_items(request: Request, conversation_id: str) -> Response:
     """List the items, the newest first unless said otherwise."""
     cursor = read_cursor(request, order="desc")
@@ -103,6 +117,7 @@ async def list_items(request: Request, conversation_id: str) -> Response:
 
 
 @router.get("/{conversation_id}/items/{item_id}")
+@described(answer=Item)
 async def retrieve_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """Return an item."""
     database, store = _store(request)
@@ -113,6 +128,7 @@ async def retrieve_item(request: Request, conversation_id: str, item_id: str) ->
 
 
 @router.delete("/{conversation_id}/items/{item_id}")
+@described(answer=ConversationAnswer)
 async def delete_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """Delete an item and return its conversation."""
     database, store = _store(request)
@@ -123,7 +139,7 @@ async def delete_item(request: Request, conversation_id: str, item_id: str) -> R
     return JsonResponse(_wire(_found(left, conversation_id)))
 
 
-async def _resolved(request: Request, items: list[Any]) -> list[dict[str, Any]]:
+async def _resolved(request: Request, items: Sequence[InputItem]) -> list[dict[str, Any]]:
     responses: Responses = request.app.state.responses
     return await responses.contexts.resolve(parse_items(items, "items"), "items")
 

@@ -8,9 +8,11 @@ from starlette.responses import Response
 
 from evermini.api import sse
 from evermini.api.body import read_request
+from evermini.api.description import described
 from evermini.api.errors import JsonResponse
 from evermini.service import wire
-from evermini.service.embeddings import embed, parse_embeddings
+from evermini.service.answers import EmbeddingsAnswer
+from evermini.service.embedded import EmbeddingRequest, embed, parse_embeddings
 from evermini.service.generation import Usage
 from evermini.service.metrics import RequestTimer
 from evermini.service.runtime import Runtime
@@ -19,6 +21,7 @@ router = APIRouter()
 
 
 @router.post("/v1/embeddings")
+@described(body=EmbeddingRequest, answer=EmbeddingsAnswer)
 async def create_embeddings(request: Request) -> Response:
     """Return a vector for each input."""
     runtime: Runtime = request.app.state.runtime

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from evermini.errors import (
     AuthenticationError,
@@ -107,8 +109,16 @@ def error_response(error: Exception) -> JsonResponse:
     return JsonResponse(shown.to_wire(), status_code=shown.status, headers=headers)
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of the routes in OpenAI's shape."""
+def _methods(request: Request, routes: Sequence[Route]) -> set[str]:
+    """Return the methods that a path has, of all its routes; one without parameters comes before others."""
+    found = [route for route in routes if route.matches(request.scope)[0] != Match.NONE]
+    exact = [route for route in found if route.path == request.url.path]
+    return {method for route in exact or found for method in route.methods or ()}
+
+
+def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Answer every error of the routers' routes in OpenAI's shape."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
 
     async def on_error(request: Request, error: Exception) -> Response:
         return error_response(error)
@@ -129,6 +139,8 @@ def install(app: FastAPI) -> None:
         else:
             response = error_response(error)
         response.headers.update(error.headers or {})
+        if error.status_code == 405:  # the router knows the first route of that path alone
+            response.headers["allow"] = ", ".join(sorted(_methods(request, routes)))
         return response
 
     app.add_exception_handler(EverminiError, on_error)

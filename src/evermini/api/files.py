@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 from urllib.parse import quote
 
 from fastapi import APIRouter
@@ -13,11 +13,16 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from evermini.api.body import read_request
+from evermini.api.description import Media, PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.api.multipart import Form, read_form
 from evermini.errors import RangeError
+from evermini.service.answers import Deleted, FileAnswer, UploadAnswer, UploadPartAnswer
 from evermini.service.file_requests import (
+    Purpose,
+    UploadComplete,
+    UploadCreate,
     base_name,
     parse_file_create,
     parse_upload_complete,
@@ -42,8 +47,26 @@ BODY_LIMITS = (
 )
 """Longest bodies by path; other endpoints have one limit for all."""
 
+_BINARY = {"type": "string", "format": "binary"}
+_FILE_FORM = {
+    "type": "object",
+    "properties": {
+        "file": _BINARY,
+        "purpose": {"enum": get_args(Purpose)},
+        "expires_after[anchor]": {"const": "created_at"},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+    },
+    "required": ["file", "purpose"],
+}
+_PART_FORM = {"type": "object", "properties": {"data": _BINARY}, "required": ["data"]}
+_FILE_LISTING = [
+    *cursor("desc", MAX_FILES, MAX_FILES),
+    Parameter("purpose", {"type": "string"}, "Those of this purpose alone."),
+]
+
 
 @router.post("/v1/files")
+@described(form=_FILE_FORM, answer=FileAnswer)
 async def create_file(request: Request) -> Response:
     """Store a file."""
     files = _service(request)
@@ -56,6 +79,7 @@ async def create_file(request: Request) -> Response:
 
 
 @router.get("/v1/files")
+@described(query=_FILE_LISTING, answer=PageOf(FileAnswer))
 async def list_files(request: Request) -> Response:
     """List files, the newest first."""
     cursor = read_cursor(request, order="desc", limit=MAX_FILES, max_limit=MAX_FILES)
@@ -66,12 +90,14 @@ async def list_files(request: Request) -> Response:
 
 
 @router.get("/v1/files/{file_id}")
+@described(answer=FileAnswer)
 async def retrieve_file(request: Request, file_id: str) -> Response:
     """Return what is known of a file."""
     return JsonResponse(file_object(await _service(request).get(file_id)))
 
 
 @router.delete("/v1/files/{file_id}")
+@described(answer=Deleted)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Delete a file."""
     await _service(request).delete(file_id)
@@ -79,6 +105,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
 
 
 @router.get("/v1/files/{file_id}/content")
+@described(answer=Media("application/octet-stream"), statuses=(200, 206))
 async def retrieve_file_content(request: Request, file_id: str) -> Response:
     """Return a file's bytes, or a range of them."""
     files = _service(request)
@@ -103,6 +130,7 @@ async def retrieve_file_content(request: Request, file_id: str) -> Response:
 
 
 @router.post("/v1/uploads")
+@described(body=UploadCreate, answer=UploadAnswer)
 async def create_upload(request: Request) -> Response:
     """Announce a file that comes in parts."""
     wanted = await read_request(request, parse_upload_create)
@@ -110,6 +138,7 @@ async def create_upload(request: Request) -> Response:
 
 
 @router.post("/v1/uploads/{upload_id}/parts")
+@described(form=_PART_FORM, answer=UploadPartAnswer)
 async def create_upload_part(request: Request, upload_id: str) -> Response:
     """Store a part."""
     uploads = _uploads(request)
@@ -128,6 +157,7 @@ async def create_upload_part(request: Request, upload_id: str) -> Response:
 
 
 @router.post("/v1/uploads/{upload_id}/complete")
+@described(body=UploadComplete, answer=UploadAnswer)
 async def complete_upload(request: Request, upload_id: str) -> Response:
     """Make a file of an upload's parts."""
     wanted = await read_request(request, parse_upload_complete)
@@ -136,6 +166,7 @@ async def complete_upload(request: Request, upload_id: str) -> Response:
 
 
 @router.post("/v1/uploads/{upload_id}/cancel")
+@described(answer=UploadAnswer)
 async def cancel_upload(request: Request, upload_id: str) -> Response:
     """Cancel an upload."""
     return JsonResponse(upload_object(await _uploads(request).cancel(upload_id), None))

@@ -6,14 +6,17 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from evermini.api.description import described
 from evermini.api.errors import JsonResponse
 from evermini.service import wire
+from evermini.service.answers import ModelAnswer, ModelList
 from evermini.service.runtime import Runtime
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
+@described(answer=ModelList)
 async def list_models(request: Request) -> Response:
     """List the models, each under all of its names."""
     runtime: Runtime = request.app.state.runtime
@@ -22,6 +25,7 @@ async def list_models(request: Request) -> Response:
 
 
 @router.get("/v1/models/{name:path}")
+@described(answer=ModelAnswer)
 async def retrieve_model(request: Request, name: str) -> Response:
     """Return one model; names may hold slashes."""
     runtime: Runtime = request.app.state.runtime

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from evermini.api.description import Media, described
 from evermini.api.errors import JsonResponse
 from evermini.service.metrics import CONTENT_TYPE
 from evermini.service.readiness import Readiness
@@ -34,6 +35,7 @@ async def ready(request: Request) -> Response:
 
 
 @router.get("/metrics")
+@described(answer=Media("text/plain"))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     runtime: Runtime = request.app.state.runtime

@@ -13,16 +13,29 @@ from starlette.responses import Response
 from evermini.api import sse
 from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
+from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_of, read_cursor
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
-from evermini.service.responses.schemas import parse_response, parse_token_count
+from evermini.service.answers import Deleted, Item, ResponseAnswer, ResponseEvent, TokenCount
+from evermini.service.responses.schemas import (
+    ResponseRequest,
+    TokenCountRequest,
+    parse_response,
+    parse_token_count,
+)
 from evermini.service.responses.service import Responses
 
 router = APIRouter(prefix="/v1/responses")
 
+_FOLLOWING = [
+    Parameter("stream", {"type": "boolean"}, "As events; of background streams alone."),
+    Parameter("starting_after", {"type": "integer"}, "Those after this number alone."),
+]
+
 
 @router.post("")
+@described(body=ResponseRequest, answer=ResponseAnswer, events=ResponseEvent)
 async def create_response(request: Request) -> Response:
     """Answer, at once, as a stream, or in the background."""
     responses = _responses(request)
@@ -40,6 +53,7 @@ async def create_response(request: Request) -> Response:
 
 
 @router.post("/input_tokens")
+@described(body=TokenCountRequest, answer=TokenCount)
 async def count_input_tokens(request: Request) -> Response:
     """Return how many tokens a response's input has."""
     wanted = await read_request(request, parse_token_count)
@@ -57,6 +71,7 @@ async def compact_response(request: Request) -> Response:
 
 
 @router.get("/{response_id}")
+@described(query=_FOLLOWING, answer=ResponseAnswer, events=ResponseEvent)
 async def retrieve_response(request: Request, response_id: str) -> Response:
     """Return a stored response, or stream the events of a background one from any place on."""
     responses, query = _responses(request), request.query_params
@@ -74,6 +89,7 @@ async def retrieve_response(request: Request, response_id: str) -> Response:
 
 
 @router.delete("/{response_id}")
+@described(answer=Deleted)
 async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a stored response."""
     await _responses(request).delete(response_id)
@@ -81,12 +97,14 @@ async def delete_response(request: Request, response_id: str) -> Response:
 
 
 @router.post("/{response_id}/cancel")
+@described(answer=ResponseAnswer)
 async def cancel_response(request: Request, response_id: str) -> Response:
     """End a background response."""
     return JsonResponse(await _responses(request).cancel(response_id))
 
 
 @router.get("/{response_id}/input_items")
+@described(query=cursor("desc"), answer=PageOf(Item))
 async def list_input_items(request: Request, response_id: str) -> Response:
     """List the items of a response's own input."""
     cursor = read_cursor(request, order="desc")

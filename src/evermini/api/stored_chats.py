@@ -9,17 +9,31 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from evermini.api.body import read_request
+from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, page_of, read_cursor
 from evermini.errors import NotFoundError
-from evermini.service.schemas import parse_metadata_update
+from evermini.service.answers import ChatAnswer, Deleted, StoredMessage
+from evermini.service.schemas import MetadataUpdate, parse_metadata_update
 from evermini.storage.chats import ChatStore
 from evermini.storage.database import Database
 
 router = APIRouter(prefix="/v1/chat/completions")
 
+_LISTING = [
+    *cursor("asc"),
+    Parameter("model", {"type": "string"}, "Those of this model alone."),
+    Parameter(
+        "metadata",
+        {"type": "object", "additionalProperties": {"type": "string"}},
+        "Those with all of these pairs alone, each written metadata[key]=value.",
+        style="deepObject",
+    ),
+]
+
 
 @router.get("")
+@described(query=_LISTING, answer=PageOf(ChatAnswer))
 async def list_chat_completions(request: Request) -> Response:
     """List stored completions, filtered by model and by pairs of metadata (``metadata[key]=value``)."""
     database, store = _store(request)
@@ -38,6 +52,7 @@ async def list_chat_completions(request: Request) -> Response:
 
 
 @router.get("/{completion_id}")
+@described(answer=ChatAnswer)
 async def retrieve_chat_completion(request: Request, completion_id: str) -> Response:
     """Return a stored completion as it was answered."""
     database, store = _store(request)
@@ -48,6 +63,7 @@ async def retrieve_chat_completion(request: Request, completion_id: str) -> Resp
 
 
 @router.post("/{completion_id}")
+@described(body=MetadataUpdate, answer=ChatAnswer)
 async def update_chat_completion(request: Request, completion_id: str) -> Response:
     """Replace a stored completion's metadata, the one thing about it that can change."""
     database, store = _store(request)
@@ -59,6 +75,7 @@ async def update_chat_completion(request: Request, completion_id: str) -> Respon
 
 
 @router.delete("/{completion_id}")
+@described(answer=Deleted)
 async def delete_chat_completion(request: Request, completion_id: str) -> Response:
     """Delete a stored completion."""
     database, store = _store(request)
@@ -68,6 +85,7 @@ async def delete_chat_completion(request: Request, completion_id: str) -> Respon
 
 
 @router.get("/{completion_id}/messages")
+@described(query=cursor("asc"), answer=PageOf(StoredMessage))
 async def list_chat_messages(request: Request, completion_id: str) -> Response:
     """List the messages that a stored completion answered."""
     database, store = _store(request)

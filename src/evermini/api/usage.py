@@ -11,8 +11,10 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from evermini.api.description import Parameter, described
 from evermini.api.errors import JsonResponse
 from evermini.errors import InvalidRequestError
+from evermini.service.answers import UsagePage
 from evermini.service.metering import Meter
 from evermini.service.prices import price_of
 from evermini.service.runtime import Runtime
@@ -28,6 +30,35 @@ _COLUMNS = {"project_id": "project", "api_key_id": "key_id", "model": "model", "
 _EMPTY_GROUPS = ("user_id", "service_tier", "line_item")
 _EMBEDDINGS = "/v1/embeddings"
 _COMPLETIONS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+
+_TIME = {"type": "integer", "minimum": 0, "maximum": 99_999_999_999}
+_NAMES = {"type": "array", "items": {"type": "string"}}
+_COMMON = [
+    Parameter("start_time", _TIME, "Unix time of the beginning.", required=True),
+    Parameter("end_time", _TIME, "Unix time of the end, by default now."),
+    Parameter("project_ids", _NAMES, "Of these projects alone."),
+    Parameter("api_key_ids", _NAMES, "Of these keys alone."),
+    Parameter("models", _NAMES, "Of these models alone."),
+    Parameter("batch", {"type": "boolean"}, "Of batches alone, or of all else."),
+    Parameter("page", {"type": "string", "pattern": "^page_[0-9]{1,11}$"}, "The next_page before."),
+]
+
+
+def _query(names: Sequence[str], most: int) -> list[Parameter]:
+    groups = {"type": "array", "items": {"enum": [*_COLUMNS, *_EMPTY_GROUPS]}}
+    return [
+        *_COMMON,
+        Parameter("bucket_width", {"enum": [*names], "default": "1d"}, "Length of a stretch."),
+        Parameter("group_by", groups, "What to tell apart."),
+        Parameter(
+            "limit", {"type": "integer", "minimum": 1, "maximum": most}, "Stretches on a page."
+        ),
+    ]
+
+
+_USAGE_QUERY = _query(list(_WIDTHS), max(most for _, _, most in _WIDTHS.values()))
+_COSTS_QUERY = _query(["1d"], _COSTS_WIDTH[2])
 
 
 @dataclass(frozen=True)
@@ -47,6 +78,7 @@ class _Query:
 
 
 @router.get("/usage/completions")
+@described(query=_USAGE_QUERY, answer=UsagePage)
 async def completions_usage(request: Request) -> Response:
     """Tokens of chats, responses and text completions."""
     query = _read(request, _width(request), _COMPLETIONS)
@@ -54,6 +86,7 @@ async def completions_usage(request: Request) -> Response:
 
 
 @router.get("/usage/embeddings")
+@described(query=_USAGE_QUERY, answer=UsagePage)
 async def embeddings_usage(request: Request) -> Response:
     """Tokens of embeddings."""
     query = _read(request, _width(request), (_EMBEDDINGS,))
@@ -61,6 +94,7 @@ async def embeddings_usage(request: Request) -> Response:
 
 
 @router.get("/costs")
+@described(query=_COSTS_QUERY, answer=UsagePage)
 async def costs(request: Request) -> Response:
     """US dollars by the list prices of the tiers' namesakes, a day each."""
     if request.query_params.get("bucket_width", "1d") != "1d":

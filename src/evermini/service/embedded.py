@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, Field
 
-from evermini.service.schemas import as_prompts
+from evermini.service.schemas import Prompts, as_prompts
 from evermini.service.validation import WireModel
 
 MAX_INPUTS = 2048
@@ -24,7 +24,7 @@ class EmbeddingRequest(WireModel):
     input: Annotated[
         list[str | list[int]],
         Field(min_length=1, max_length=MAX_INPUTS),
-        BeforeValidator(as_prompts),
+        BeforeValidator(as_prompts, json_schema_input_type=Prompts),
     ]
     model: str
     dimensions: Annotated[int, Field(ge=1)] | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from evermini.errors import InvalidRequestError
+from evermini.service import unsupported
 from evermini.service.attachments import FileSource, ImageSource, Perceived
 from evermini.service.validation import WireModel, check_variant, wrong_type
 
@@ -26,6 +27,8 @@ def as_parts(value: object) -> object:
 
 class ContentPart(WireModel):
     """A piece of text, an image, a file, or an earlier refusal by the assistant."""
+
+    model_config = ConfigDict(json_schema_extra=unsupported.shown(unsupported.PART_UNSUPPORTED))
 
     type: Literal["text", "refusal", "image_url", "file"]
     text: str | None = None
@@ -65,6 +68,9 @@ PARTS_OF_ROLE: Mapping[str, tuple[str, ...]] = {
 }
 """Types of content parts by role; in the others, text."""
 _FIELD_OF_PART = {"text": "text", "refusal": "refusal", "image_url": "image_url", "file": "file"}
+
+
+Parts = Annotated[list[ContentPart], Field(min_length=1)]
 
 
 class FunctionCall(WireModel):
@@ -108,9 +114,11 @@ class MessageToolCall(WireModel):
 class Message(WireModel):
     """One message of the conversation."""
 
+    model_config = ConfigDict(json_schema_extra=unsupported.shown(unsupported.MESSAGE_UNSUPPORTED))
+
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: Annotated[
-        Annotated[list[ContentPart], Field(min_length=1)] | None, BeforeValidator(as_parts)
+        Parts | None, BeforeValidator(as_parts, json_schema_input_type=str | Parts | None)
     ] = None
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\s<|\\/>]+$")] | None = (
         None

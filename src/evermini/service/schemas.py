@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
 from evermini.service import unsupported, validation
@@ -59,6 +59,10 @@ def as_prompts(value: object) -> object:
     )
 
 
+Prompts = str | list[str] | list[int] | list[list[int]]
+"""What `as_prompts` takes."""
+
+
 def _are_ids(items: list[object]) -> bool:
     return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
 
@@ -84,7 +88,7 @@ class SamplingRequest(WireModel):
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stop: Annotated[Stops, BeforeValidator(_as_stops)] = None
+    stop: Annotated[Stops, BeforeValidator(_as_stops, json_schema_input_type=str | Stops)] = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -165,7 +169,11 @@ class Prediction(WireModel):
     """``prediction``: the text that most of the answer is expected to be."""
 
     type: Literal["content"]
-    content: Annotated[list[PredictedText], Field(min_length=1), BeforeValidator(as_parts)]
+    content: Annotated[
+        list[PredictedText],
+        Field(min_length=1),
+        BeforeValidator(as_parts, json_schema_input_type=str | list[PredictedText]),
+    ]
 
     @property
     def text(self) -> str:
@@ -180,6 +188,8 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 
 class ChatRequest(SamplingRequest):
     """``POST /v1/chat/completions``."""
+
+    model_config = ConfigDict(json_schema_extra=unsupported.shown(unsupported.CHAT_UNSUPPORTED))
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -323,9 +333,13 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """``POST /v1/completions``."""
 
+    model_config = ConfigDict(
+        json_schema_extra=unsupported.shown(unsupported.COMPLETION_UNSUPPORTED)
+    )
+
     prompt: Annotated[
         Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_CANDIDATES)] | None,
-        BeforeValidator(as_prompts),
+        BeforeValidator(as_prompts, json_schema_input_type=Prompts | None),
     ] = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None

@@ -122,8 +122,16 @@ class LegacyChoice(WireModel):
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 Functions = Annotated[list[FunctionDefinition], Field(max_length=MAX_TOOLS)]
-Choice = Annotated[ToolChoice | None, BeforeValidator(as_choice)]
-OldChoice = Annotated[LegacyChoice | None, BeforeValidator(as_choice)]
+Word = Literal["none", "auto", "required"]
+Choice = Annotated[
+    ToolChoice | None, BeforeValidator(as_choice, json_schema_input_type=Word | ToolChoice | None)
+]
+OldChoice = Annotated[
+    LegacyChoice | None,
+    BeforeValidator(
+        as_choice, json_schema_input_type=Literal["none", "auto"] | LegacyChoice | None
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ them on every request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from evermini.errors import UnsupportedParameterError
@@ -99,6 +99,15 @@ def without(
         if value is not None and not any(value == v and type(value) is type(v) for v in off):
             raise refusal(f"{prefix}{name}", f"The parameter '{prefix}{name}' is")
     return {name: value for name, value in body.items() if name not in table}
+
+
+def shown(table: Mapping[str, tuple[object, ...]]) -> Callable[[dict[str, Any]], None]:
+    """Return what adds the table's fields to a model's JSON schema, with the values that are taken."""
+
+    def add(schema: dict[str, Any]) -> None:
+        schema["properties"] |= {name: {"enum": [None, *off]} for name, off in table.items()}
+
+    return add
 
 
 def refusal(param: str, what: str) -> UnsupportedParameterError:

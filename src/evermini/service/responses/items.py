@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from evermini.errors import InvalidRequestError
 from evermini.service import unsupported, validation
@@ -51,13 +51,14 @@ class Part(WireModel):
     logprobs: list[Any] | None = None
 
 
-Parts = Annotated[Annotated[list[Part], Field(min_length=1)], BeforeValidator(_as_text)]
+_Parts = Annotated[list[Part], Field(min_length=1)]
+Parts = Annotated[_Parts, BeforeValidator(_as_text, json_schema_input_type=str | _Parts)]
 
 
 class MessageItem(WireModel):
     """A message of any role."""
 
-    type: Literal["message"] = "message"
+    type: Annotated[Literal["message"], WithJsonSchema({"enum": ["message", None]})] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: Parts
     id: ItemId | None = None
@@ -100,10 +101,13 @@ class OutputItem(WireModel):
 class Reference(WireModel):
     """An item that is stored already."""
 
-    type: Literal["item_reference"] = "item_reference"
+    type: Annotated[
+        Literal["item_reference"], WithJsonSchema({"enum": ["item_reference", None]})
+    ] = "item_reference"
     id: ItemId
 
 
+InputItem = MessageItem | FunctionCallItem | CustomCallItem | OutputItem | Reference
 MODELS: dict[str, type[WireModel]] = {
     "message": MessageItem,
     "function_call": FunctionCallItem,
@@ -184,7 +188,7 @@ def _parse_item(value: object, path: str) -> Json:
     # Clients that send back what they got send optional fields as null.
     given = {name: content for name, content in value.items() if content is not None}
     kind = given.get("type", "message" if "role" in given else "item_reference")
-    if kind in UNSUPPORTED_ITEMS:
+    if isinstance(kind, str) and kind in UNSUPPORTED_ITEMS:
         raise unsupported.refusal(f"{path}.type", f"Items of type '{kind}' are")
     if not isinstance(kind, str) or kind not in MODELS:
         supported = ", ".join(f"'{name}'" for name in MODELS)

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from evermini.errors import InvalidRequestError
 from evermini.service import unsupported, validation
-from evermini.service.responses.items import Json, as_messages
+from evermini.service.responses.items import InputItem, Json, as_messages
 from evermini.service.schemas import ChatRequest, Extensions, Metadata, parse_chat
+from evermini.service.tools import Word
 from evermini.service.validation import WireModel, wrong_type
 
 Include = Literal[
@@ -71,6 +72,8 @@ class TextFormat(WireModel):
 class TextOptions(WireModel):
     """``text``; of the fields only the format is acted on."""
 
+    model_config = ConfigDict(json_schema_extra=unsupported.shown(_TEXT_UNSUPPORTED))
+
     format: TextFormat | None = None
 
 
@@ -84,6 +87,8 @@ class GrammarFormat(WireModel):
 
 class FlatTool(WireModel):
     """A function or custom tool, whose fields are those of a chat completion's, one level up."""
+
+    model_config = ConfigDict(json_schema_extra=unsupported.shown(_TOOL_UNSUPPORTED))
 
     type: Literal["function", "custom"]
     name: str
@@ -117,7 +122,7 @@ class FlatChoice(WireModel):
     tools: list[dict[str, Any]] | None = None
 
 
-class StreamOptions(WireModel):
+class ResponseStreamOptions(WireModel):
     """``stream_options``; obfuscation is never added, which both of its values allow."""
 
     include_obfuscation: bool | None = None
@@ -145,16 +150,29 @@ def _as_conversation(value: object) -> object:
     raise wrong_type("a string or an object")
 
 
+Conversation = Annotated[
+    ConversationReference | None,
+    BeforeValidator(_as_conversation, json_schema_input_type=str | ConversationReference | None),
+]
+Choice = Annotated[
+    FlatChoice | None, BeforeValidator(_as_choice, json_schema_input_type=Word | FlatChoice | None)
+]
+
+
 class ContextRequest(WireModel):
     """What decides the prompt: shared by creating a response and counting its input's tokens."""
 
+    model_config = ConfigDict(json_schema_extra=unsupported.shown(_UNSUPPORTED))
+
     model: str
-    input: Annotated[Any, BeforeValidator(_as_input)] = None
+    input: Annotated[
+        Any, BeforeValidator(_as_input, json_schema_input_type=str | list[InputItem] | None)
+    ] = None
     instructions: str | None = None
     previous_response_id: str | None = None
-    conversation: Annotated[ConversationReference | None, BeforeValidator(_as_conversation)] = None
+    conversation: Conversation = None
     tools: list[FlatTool] | None = None
-    tool_choice: Annotated[FlatChoice | None, BeforeValidator(_as_choice)] = None
+    tool_choice: Choice = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -194,7 +212,7 @@ class ResponseRequest(ContextRequest):
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     store: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
