@@ -70,6 +70,7 @@ def drain(app: FastAPI) -> None:
     app.state.readiness.is_draining = True
     app.state.jobs.drain()
 
+
 ROUTERS = tuple(
     module.router
     for module in (

@@ -17,9 +17,9 @@ from evermini.api.body import read_request
 from evermini.api.description import described
 from evermini.api.progress import ReadingWatch, end
 from evermini.service import chat, wire
-from evermini.service.answers import ChatAnswer, ChatChunk
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import ChatRequest, parse_chat
+from evermini.service.shapes import ChatAnswer, ChatChunk
 from evermini.storage.chats import ChatStore
 from evermini.storage.database import Database
 

@@ -14,9 +14,9 @@ from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
 from evermini.api.description import described
 from evermini.service import completions, wire
-from evermini.service.answers import TextAnswer
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import CompletionRequest, parse_completion
+from evermini.service.shapes import TextAnswer
 
 router = APIRouter()
 

@@ -16,11 +16,11 @@ from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.errors import NotFoundError
 from evermini.service import validation
-from evermini.service.answers import ConversationAnswer, Deleted, Item
 from evermini.service.responses.context import no_conversation
 from evermini.service.responses.items import InputItem, new_id, parse_items
 from evermini.service.responses.service import Responses
 from evermini.service.schemas import Metadata, MetadataUpdate, parse_metadata_update
+from evermini.service.shapes import ConversationAnswer, Deleted, Item
 from evermini.service.validation import WireModel
 from evermini.storage.conversations import ConversationStore, StoredConversation
 from evermini.storage.database import Database

@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from evermini import __version__
-from evermini.service.answers import ErrorAnswer
+from evermini.service.shapes import ErrorAnswer
 
 EndpointT = TypeVar("EndpointT", bound=Callable[..., Any])
 Schema = dict[str, Any]
@@ -248,12 +248,13 @@ def _type_of(answer: Any) -> Any:
 def _event(content: Schema, schemas: _Schemas) -> Schema:
     """Return the schema of each event of a stream."""
     failure = schemas[ErrorAnswer, "serialization"]
-    data = {
+    text: Schema = {
         "type": "string",
         "contentMediaType": "application/json",
         "contentSchema": {"anyOf": [content, failure]},
     }
-    data = {"anyOf": [data, {"const": "[DONE]", "description": "Ends chat and text completions."}]}
+    done: Schema = {"const": "[DONE]", "description": "Ends chat and text completions."}
+    data: Schema = {"anyOf": [text, done]}
     fields = {"event": {"type": "string"}, "data": data}
     return {"type": "object", "properties": fields, "required": ["data"]}
 

@@ -11,11 +11,13 @@ from evermini.api.body import read_request
 from evermini.api.description import described
 from evermini.api.errors import JsonResponse
 from evermini.service import wire
-from evermini.service.answers import EmbeddingsAnswer
-from evermini.service.embedded import EmbeddingRequest, embed, parse_embeddings
+from evermini.service.embedded import EmbeddingRequest
+from evermini.service.embeddings import embed, parse_embeddings
+from evermini.service.shapes import EmbeddingsAnswer
 from evermini.service.generation import Usage
 from evermini.service.metrics import RequestTimer
 from evermini.service.runtime import Runtime
+from evermini.service.shapes import EmbeddingsAnswer
 
 router = APIRouter()
 

@@ -18,7 +18,6 @@ from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.api.multipart import Form, read_form
 from evermini.errors import RangeError
-from evermini.service.answers import Deleted, FileAnswer, UploadAnswer, UploadPartAnswer
 from evermini.service.file_requests import (
     Purpose,
     UploadComplete,
@@ -29,6 +28,7 @@ from evermini.service.file_requests import (
     parse_upload_create,
 )
 from evermini.service.files import MAX_FILE_BYTES, FileService
+from evermini.service.shapes import Deleted, FileAnswer, UploadAnswer, UploadPartAnswer
 from evermini.service.uploads import MAX_PART_BYTES, UploadService
 from evermini.storage.blobs import BlobWriter
 from evermini.storage.files import StoredFile, StoredUpload

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from evermini.api.description import described
 from evermini.api.errors import JsonResponse
 from evermini.service import wire
-from evermini.service.answers import ModelAnswer, ModelList
 from evermini.service.runtime import Runtime
+from evermini.service.shapes import ModelAnswer, ModelList
 
 router = APIRouter()
 

@@ -17,7 +17,6 @@ from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_of, read_cursor
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
-from evermini.service.answers import Deleted, Item, ResponseAnswer, ResponseEvent, TokenCount
 from evermini.service.responses.schemas import (
     ResponseRequest,
     TokenCountRequest,
@@ -25,6 +24,7 @@ from evermini.service.responses.schemas import (
     parse_token_count,
 )
 from evermini.service.responses.service import Responses
+from evermini.service.shapes import Deleted, Item, ResponseAnswer, ResponseEvent, TokenCount
 
 router = APIRouter(prefix="/v1/responses")
 

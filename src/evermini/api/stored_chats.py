@@ -13,8 +13,8 @@ from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, page_of, read_cursor
 from evermini.errors import NotFoundError
-from evermini.service.answers import ChatAnswer, Deleted, StoredMessage
 from evermini.service.schemas import MetadataUpdate, parse_metadata_update
+from evermini.service.shapes import ChatAnswer, Deleted, StoredMessage
 from evermini.storage.chats import ChatStore
 from evermini.storage.database import Database
 

@@ -14,10 +14,10 @@ from starlette.responses import Response
 from evermini.api.description import Parameter, described
 from evermini.api.errors import JsonResponse
 from evermini.errors import InvalidRequestError
-from evermini.service.answers import UsagePage
 from evermini.service.metering import Meter
 from evermini.service.prices import price_of
 from evermini.service.runtime import Runtime
+from evermini.service.shapes import UsagePage
 from evermini.storage.database import Database
 from evermini.storage.usage import Filter, Total, UsageStore
 

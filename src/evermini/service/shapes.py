@@ -34,10 +34,11 @@ class ErrorAnswer(TypedDict):
 
 @with_config(EXACT)
 class PromptDetails(TypedDict):
-    """Of a prompt's tokens, those that were not computed anew."""
+    """Of a prompt's tokens, those that were not computed anew, and those of images."""
 
     cached_tokens: int
     audio_tokens: int
+    image_tokens: int
 
 
 @with_config(EXACT)
