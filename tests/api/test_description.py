@@ -38,7 +38,7 @@ CHECKS = [
     allow_header_conformance,
 ]
 FUZZ = settings(
-    max_examples=10,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,

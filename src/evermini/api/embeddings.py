@@ -13,7 +13,6 @@ from evermini.api.errors import JsonResponse
 from evermini.service import wire
 from evermini.service.embedded import EmbeddingRequest
 from evermini.service.embeddings import embed, parse_embeddings
-from evermini.service.shapes import EmbeddingsAnswer
 from evermini.service.generation import Usage
 from evermini.service.metrics import RequestTimer
 from evermini.service.runtime import Runtime
