@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from evermini.api.app import create_app
 from evermini.config import Settings
@@ -40,13 +40,18 @@ def serving(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evermini-test-")))
         if database is None:
             database = stack.enter_context(Database.open(Settings(home=folder)))
-        yield from _serve(create_app(runtime, database, settings or Settings(home=folder)))
+        app = create_app(runtime, database, settings or Settings(home=folder))
+        yield stack.enter_context(serve_app(app, lifespan="on"))
 
 
-def _serve(app: FastAPI) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+@contextmanager
+def serve_app(
+    app: ASGIApp, *, lifespan: Literal["on", "off"] = "off", port: int = 0
+) -> Iterator[str]:
+    """Serve any application and yield its root URL."""
+    with socket.create_server(("127.0.0.1", port)) as listener:
         config = uvicorn.Config(
-            app, log_level="warning", ws="none", lifespan="on", timeout_graceful_shutdown=2
+            app, log_level="warning", ws="none", lifespan=lifespan, timeout_graceful_shutdown=2
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

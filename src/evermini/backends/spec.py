@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from evermini.errors import ConfigError
 
-_SPEC = re.compile(r"(?:([^=/?#]+)=)?(https?://.+)", re.IGNORECASE)
+_SPEC = re.compile(r"(?:([^=?#]+)=)?(https?://.*)", re.IGNORECASE)
 _EXAMPLE = "mini=http://127.0.0.1:8080/v1"
 
 

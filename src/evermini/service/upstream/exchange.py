@@ -68,8 +68,8 @@ class Exchange:
     def close(self) -> None:
         """End the request if it still runs; does nothing the second time."""
         self._served.remove(self)
-        if self._task is not None:
-            self._task.cancel()
+        if self._task is not None and not self._task.cancelling():
+            self._task.cancel()  # once: a second time would interrupt the closing of the connection
 
     async def _run(self) -> None:
         try:
