@@ -13,6 +13,7 @@ from evermini.cli.doctor import examine
 from evermini.config import Settings, flag_name, setting_fields
 from evermini.models.catalogue import CATALOGUE
 from evermini.service import machine as service_machine
+from tests.upstream_fakes import fake_engine
 
 COMMANDS = ("serve", "chat", "ask", "pull", "models", "rm", "doctor", "config")
 
@@ -140,6 +141,20 @@ def test_doctor_names_what_is_missing_and_the_remedy(evermini, home, monkeypatch
     required = [problem["what"] for problem in report["problems"] if problem["required"]]
     if not report["gpus"]:
         assert "a GPU for device = cuda:0" in required
+
+
+def test_doctor_asks_upstream_engines(evermini, home):
+    with fake_engine() as (engine, url):
+        engine.models = [{"id": "org/q", "max_model_len": 32768}]
+        result = evermini("doctor", "--model", f"nano,q={url}", "--json")
+        assert result.code == 0
+        told = json.loads(result.out)["upstreams"]
+        assert told == [{"name": "q", "url": url, "model": "org/q", "window": 32768}]
+        assert "runs org/q: window 32,768" in evermini("doctor", "--model", f"q={url}").out
+    result = evermini("doctor", "--model", f"q={url}")
+    assert result.code == 1
+    assert "cannot be reached" in result.out
+    assert "it has no name" in evermini("doctor", "--model", url).out
 
 
 def test_doctor_names_missing_packages(evermini, home, monkeypatch):

@@ -12,10 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from evermini.api import sse
-from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
 from evermini.api.description import described
-from evermini.api.progress import ReadingWatch, end
+from evermini.api.progress import ReadingWatch, answer_when_read
 from evermini.service import chat, wire
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import ChatRequest, parse_chat
@@ -45,43 +44,17 @@ async def create_chat_completion(request: Request) -> Response:
         )
     )
     database: Database = request.app.state.database
-    if wanted.stream and not await watch.started(request, starting):
-        chunk = partial(wire.chat_progress_chunk, ticket, served.info)
-        progress = watch.events(starting, chunk if wanted.wants_progress else None)
-        return sse.EventStream(_read_first(starting, progress, database), partial(end, starting))
-    # A long text is read before there is a run to abort.
-    run = await sse.unless_disconnected(request, _result(starting))
-    return await stream_or_collect(
+    return await answer_when_read(
         request,
-        run,
+        starting,
+        watch,
         stream=wanted.stream,
-        events=_events(run, database),
-        whole=_whole(run, database),
+        chunk=partial(wire.chat_progress_chunk, ticket, served.info)
+        if wanted.wants_progress
+        else None,
+        events=partial(_events, database=database),
+        whole=partial(_whole, database=database),
     )
-
-
-async def _result(starting: asyncio.Task[chat.ChatRun]) -> chat.ChatRun:
-    """Return the run; it is ended if nobody waits for it any more."""
-    try:
-        return await starting
-    except asyncio.CancelledError:
-        end(starting)
-        raise
-
-
-async def _read_first(
-    starting: asyncio.Task[chat.ChatRun],
-    progress: AsyncGenerator[bytes, None],
-    database: Database,
-) -> AsyncGenerator[bytes, None]:
-    """Yield how the reading of a long text goes, then the answer."""
-    async with aclosing(progress):
-        async for event in progress:
-            yield event
-    run = await starting
-    async with aclosing(_events(run, database)) as events:
-        async for event in events:
-            yield event
 
 
 async def _whole(run: chat.ChatRun, database: Database) -> wire.Json:

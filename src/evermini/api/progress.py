@@ -8,13 +8,18 @@ That is a comment, which every SSE reader skips; it keeps the connection open an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from evermini.api import sse
+from evermini.api.answer import Run, stream_or_collect
+
+RunT = TypeVar("RunT", bound=Run)
 
 OPEN_SECONDS = 15.0
 """A stream opens after this time even if nothing is read yet: another text may be before it in the queue."""
@@ -88,6 +93,59 @@ class ReadingWatch:
                 if chunk is not None:
                     yield sse.data(chunk(now))
             await asyncio.wait({starting}, timeout=INTERVAL_SECONDS)
+
+
+async def answer_when_read(
+    request: Request,
+    starting: asyncio.Task[RunT],
+    watch: ReadingWatch,
+    *,
+    stream: bool | None,
+    events: Callable[[RunT], AsyncGenerator[bytes, None]],
+    whole: Callable[[RunT], Coroutine[Any, Any, dict[str, Any]]],
+    chunk: Callable[[Any], Any] | None = None,
+) -> Response:
+    """Return the response of a run that may first have to read a long text; the run ends if the client leaves.
+
+    Args:
+        request: The HTTP request.
+        starting: Becomes the run.
+        watch: Is told how the reading goes.
+        stream: Whether the answer is a stream: it then opens when the reading begins.
+        events: Gives the stream's events of a run.
+        whole: Gives the whole answer's body of a run.
+        chunk: Makes of a report what stands in the stream besides comments.
+    """
+    if stream and not await watch.started(request, starting):
+        progress = watch.events(starting, chunk)
+        return sse.EventStream(_read_first(starting, progress, events), partial(end, starting))
+    run = await sse.unless_disconnected(request, _result(starting))
+    return await stream_or_collect(
+        request, run, stream=stream, events=events(run), whole=whole(run)
+    )
+
+
+async def _result(starting: asyncio.Task[RunT]) -> RunT:
+    """Return the run; it is ended if nobody waits for it any more."""
+    try:
+        return await starting
+    except asyncio.CancelledError:
+        end(starting)
+        raise
+
+
+async def _read_first(
+    starting: asyncio.Task[RunT],
+    progress: AsyncGenerator[bytes, None],
+    events: Callable[[RunT], AsyncGenerator[bytes, None]],
+) -> AsyncGenerator[bytes, None]:
+    """Yield how the reading of a long text goes, then the answer."""
+    async with aclosing(progress):
+        async for event in progress:
+            yield event
+    async with aclosing(events(await starting)) as following:
+        async for event in following:
+            yield event
 
 
 def end(starting: asyncio.Task[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -11,12 +12,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from evermini.api import sse
-from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
 from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_of, read_cursor
+from evermini.api.progress import ReadingWatch, answer_when_read
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
+from evermini.service.responses.run import ResponseRun
 from evermini.service.responses.schemas import (
     ResponseRequest,
     TokenCountRequest,
@@ -45,10 +47,17 @@ async def create_response(request: Request) -> Response:
         if not wanted.stream:
             return JsonResponse(queued)
         return sse.EventStream(_sent(await responses.follow(queued["id"], -1)), _nothing_to_end)
-    # A long text is read before there is a run to abort.
-    run = await sse.unless_disconnected(request, responses.start(wanted, request.state.arrived))
-    return await stream_or_collect(
-        request, run, stream=wanted.stream, events=_sent(run.events()), whole=run.collect()
+    watch = ReadingWatch()
+    starting = asyncio.create_task(
+        responses.start(wanted, request.state.arrived, progress=watch.report)
+    )
+    return await answer_when_read(
+        request,
+        starting,
+        watch,
+        stream=wanted.stream,
+        events=lambda run: _sent(run.events()),
+        whole=ResponseRun.collect,
     )
 
 

@@ -10,6 +10,7 @@ environment variable that holds its API key.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
@@ -37,6 +38,24 @@ class UpstreamSpec:
     model: str | None = None
     window: int | None = None
     key_variable: str | None = None
+
+    def key(self, default: str | None) -> str | None:
+        """Return the engine's API key.
+
+        Args:
+            default: The key of engines that name no variable.
+
+        Raises:
+            ConfigError: The variable is not set.
+        """
+        if self.key_variable is None:
+            return default
+        if key := os.environ.get(self.key_variable):
+            return key
+        raise ConfigError(
+            f"{self.name}={self.url}: the environment variable {self.key_variable} is not set. It should hold the key.",
+            param="model",
+        )
 
 
 def parse_upstream(text: str) -> UpstreamSpec | None:

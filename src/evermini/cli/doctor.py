@@ -35,7 +35,7 @@ class Problem:
     remedy: str
 
 
-@with_settings("home", "device", "database_url", "blob_url")
+@with_settings("model", "home", "device", "database_url", "blob_url", "upstream_key")
 def doctor(
     loaded: LoadedSettings,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -77,6 +77,7 @@ def examine(settings: Settings) -> dict[str, Any]:
     report["native_kernels"] = _native_kernels(problems)
     report["home"] = _home(settings, problems)
     report["storage"] = _storage(settings, problems)
+    report["upstreams"] = _upstreams(settings, problems)
     use_gpu = bool(gpus) and settings.device != "cpu"
     report["tiers"] = _tiers(settings, memory, gpus if use_gpu else [])
     if settings.device.startswith("cuda") and not gpus:
@@ -138,6 +139,48 @@ def _storage(settings: Settings, problems: list[Problem]) -> dict[str, Any]:
         else:
             report[name] = None
     return report
+
+
+def _upstreams(settings: Settings, problems: list[Problem]) -> list[dict[str, Any]]:
+    """Ask the engines that the setting ``model`` names what they serve."""
+    import asyncio
+
+    from evermini.backends.client import UpstreamClient
+    from evermini.backends.discover import discover
+    from evermini.backends.spec import parse_upstream
+    from evermini.errors import EverminiError
+
+    rows: list[dict[str, Any]] = []
+    for name in settings.models:
+        row: dict[str, Any] = {"name": name, "url": None, "model": None, "window": None}
+        try:
+            if (spec := parse_upstream(name)) is None:
+                continue
+            row |= {"name": spec.name, "url": spec.url}
+            client = UpstreamClient(
+                spec.url, key=spec.key(settings.upstream_key), timeout=settings.upstream_timeout
+            )
+            found = asyncio.run(discover(client, spec))
+        except EverminiError as error:
+            problems.append(
+                Problem(
+                    True,
+                    f"an engine behind {row['name']} ({row['url'] or 'no URL'}): {error.message}",
+                    "start it, or correct the setting model (docs/upstream.md)",
+                )
+            )
+        else:
+            row |= {"model": found.model, "window": found.window}
+            if found.window is None:
+                problems.append(
+                    Problem(
+                        False,
+                        f"the window of the engine behind {spec.name}, which it does not tell",
+                        "say it: ?window=TOKENS",
+                    )
+                )
+        rows.append(row)
+    return rows
 
 
 def _home(settings: Settings, problems: list[Problem]) -> dict[str, Any]:
@@ -228,6 +271,12 @@ def _print(report: dict[str, Any]) -> None:
             verdict = "fits" if tier["fits"] else "lacks " + ", ".join(tier["lacks"])
             needs = decimal(tier["memory_needed"])
             line(tier["tier"], f"{tier['model']}: {weights}, needs {needs} of memory: {verdict}")
+        for upstream in report["upstreams"]:
+            if upstream["model"] is not None:
+                window = (
+                    f"window {upstream['window']:,}" if upstream["window"] else "window not known"
+                )
+                line(upstream["name"], f"{upstream['url']} runs {upstream['model']}: {window}")
     for problem in report["problems"]:
         console.print(
             f"[{'red' if problem['required'] else 'yellow'}]missing[/]   {escape(problem['what'])}"

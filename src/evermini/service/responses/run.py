@@ -23,6 +23,7 @@ from evermini.service.answer import FinishReason
 from evermini.service.documents import Documents
 from evermini.service.metrics import Metrics
 from evermini.service.offload import tokenise
+from evermini.service.reading import OnProgress
 from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import ITEM_CHARACTERS, Json, new_id
 from evermini.service.responses.schemas import (
@@ -182,10 +183,12 @@ async def start_chat(
     documents: Documents,
     metrics: Metrics | None,
     arrived: float | None = None,
+    progress: OnProgress | None = None,
 ) -> chat.ChatRun:
     """Hand a response's context to the engine, by way of a chat completion.
 
     With ``truncation: auto``, a context that does not fit loses its oldest turns; the object then says which items.
+    ``progress`` is told, from any thread, how reading a long text goes.
 
     Raises:
         ContextLengthError: The context does not fit, and nothing may or can be dropped.
@@ -198,7 +201,12 @@ async def start_chat(
         wanted = await as_chat(request, context[first:])
         try:
             return await chat.start(
-                served, wanted, documents=documents, metrics=metrics, arrived=arrived
+                served,
+                wanted,
+                documents=documents,
+                metrics=metrics,
+                arrived=arrived,
+                progress=progress,
             )
         except InvalidRequestError as error:
             raise renamed(error) from None

@@ -9,6 +9,7 @@ from evermini.service.documents import Documents
 from evermini.service.image_tokens import count_images
 from evermini.service.jobs import JobRunner
 from evermini.service.prompting import count_tokens
+from evermini.service.reading import OnProgress
 from evermini.service.responses.background import Background
 from evermini.service.responses.context import Contexts
 from evermini.service.responses.items import Json
@@ -46,12 +47,15 @@ class Responses:
         self.contexts = Contexts(database)
         self.background = Background(runtime, database, self.contexts, documents, jobs)
 
-    async def start(self, request: ResponseRequest, arrived: float) -> ResponseRun:
+    async def start(
+        self, request: ResponseRequest, arrived: float, *, progress: OnProgress | None = None
+    ) -> ResponseRun:
         """Begin a response that its client waits for.
 
         Args:
             request: What is wanted.
             arrived: ``time.perf_counter()`` when it came in.
+            progress: Told, from any thread, how reading a long text goes.
 
         Raises:
             RequestError: The request cannot be served.
@@ -69,6 +73,7 @@ class Responses:
             documents=self._documents,
             metrics=self._runtime.metrics,
             arrived=arrived,
+            progress=progress,
         )
 
         async def save(body: Json, last: Json, error: Exception | None) -> None:

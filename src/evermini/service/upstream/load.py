@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 
@@ -11,7 +10,6 @@ from evermini.backends.client import UpstreamClient
 from evermini.backends.discover import Found
 from evermini.backends.spec import UpstreamSpec
 from evermini.config import Settings
-from evermini.errors import ConfigError
 from evermini.models import catalogue
 from evermini.recall.load import Indexer
 from evermini.service.assembly import MAX_PROMPT_TOKENS
@@ -64,7 +62,7 @@ def connect(spec: UpstreamSpec, settings: Settings) -> UpstreamModel:
         ConfigError: The key's variable is not set.
     """
     client = UpstreamClient(
-        spec.url, key=_key_of(spec, settings), timeout=settings.upstream_timeout
+        spec.url, key=spec.key(settings.upstream_key), timeout=settings.upstream_timeout
     )
     info = info_of(
         catalogue.find(spec.name),
@@ -74,18 +72,6 @@ def connect(spec: UpstreamSpec, settings: Settings) -> UpstreamModel:
         system_fingerprint=fingerprint(spec.url, spec.model or ""),
     )
     return UpstreamModel(info, spec, client)
-
-
-def _key_of(spec: UpstreamSpec, settings: Settings) -> str | None:
-    if spec.key_variable is None:
-        return settings.upstream_key
-    key = os.environ.get(spec.key_variable)
-    if not key:
-        raise ConfigError(
-            f"{spec.name}={spec.url}: the environment variable {spec.key_variable} is not set. It should hold the key.",
-            param="model",
-        )
-    return key
 
 
 def _needs_reader(spec: UpstreamSpec, found: Found | None) -> bool:
