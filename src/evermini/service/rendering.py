@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from evermini.errors import InvalidRequestError
 from evermini.service.calling import tools_shown
+from evermini.service.messages import Message
 from evermini.service.schemas import ChatRequest
+from evermini.service.tools import Toolset
 from evermini.text.chat import ChatTemplate
 from evermini.text.chat import Message as TemplateMessage
 
@@ -26,11 +30,34 @@ def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -
     ]
     if request.response_format is not None and (told := request.response_format.instruction):
         messages = with_instruction(messages, told)
-    toolset = request.toolset
+    return template.encode_chat(*_with_tools(template, messages, request.toolset))
+
+
+def encode_answer(
+    template: ChatTemplate, messages: Sequence[Message], toolset: Toolset
+) -> tuple[list[int], list[int]]:
+    """Return the prompt that `encode` makes of all messages but the last, and the last one as the model has to write it.
+
+    Raises:
+        InvalidRequestError: The template refuses the conversation, or cannot write the answer in one turn.
+    """
+    last = messages[-1]
+    if len(last.tool_calls or ()) > 1 and template.tool_format.syntax.max_calls == 1:
+        raise InvalidRequestError(
+            "This model calls one tool at a time, and the answer has several calls. Split it into several turns.",
+            param=f"messages[{len(messages) - 1}].tool_calls",
+        )
+    written = [message.for_template(message.text()) for message in messages]
+    return template.encode_answer(*_with_tools(template, written, toolset))
+
+
+def _with_tools(
+    template: ChatTemplate, messages: list[TemplateMessage], toolset: Toolset
+) -> tuple[list[TemplateMessage], list[dict[str, Any]] | None]:
+    """Return messages and tool definitions as the model's template wants them."""
     if not toolset.tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
-        return template.encode_chat(messages)
-    messages, tools = template.tool_format.prepare(_with_tool_names(messages), tools_shown(toolset))
-    return template.encode_chat(messages, tools)
+        return messages, None
+    return template.tool_format.prepare(_with_tool_names(messages), tools_shown(toolset))
 
 
 def _with_tool_names(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:

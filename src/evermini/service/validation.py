@@ -60,6 +60,21 @@ def parse(model: type[RequestT], body: object, path: str = "") -> RequestT:
         raise _translate(error.errors(include_url=False), path) from None
 
 
+def find_problems(model: type[RequestT], body: object) -> RequestT | list[tuple[str, str]]:
+    """Validate ``body`` as `parse` does, and return every problem that it has, each as (path, message).
+
+    For files, whose authors want to correct all of it at once.
+    """
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        found = []
+        for problem in error.errors(include_url=False):
+            path = field_path([part for part in problem["loc"] if part != "[key]"], "")
+            found.append((path, _describe(problem, path)[0]))
+        return found
+
+
 def wrong_type(expected: str) -> PydanticCustomError:
     """Return what a validator raises for a value of another type than ``expected`` ("a string or an array")."""
     return PydanticCustomError("wrong_type", "wrong type", {"expected": expected})

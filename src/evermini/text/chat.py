@@ -94,16 +94,62 @@ class ChatTemplate:
 
         Arguments and errors are those of `render`.
         """
+        data, mark = self._guarded(messages, tools)
+        return self._encode(self._render(data, add_generation_prompt, variables), mark)
+
+    def encode_answer(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> tuple[list[int], list[int]]:
+        """Return a prompt and the answer that follows it, as token ids, for a model to learn the one from the other.
+
+        The prompt is what `encode_chat` gives for all messages but the last. The answer is what the template writes for
+        the last one behind it, up to and with the token that ends it: tokens never reach across the border, as they
+        do not when a model writes.
+
+        Args:
+            messages: As for `render`; the last is the assistant's.
+            tools: As for `render`.
+            variables: As for `render`.
+
+        Raises:
+            InvalidRequestError: The template refuses the conversation, or writes something else than the prompt in
+                front of the answer, or no end behind it.
+            UnsupportedParameterError: There are tools or tool calls, and the template does not write them.
+        """
+        data, mark = self._guarded(messages, tools)
+        whole = self._render(data, False, variables)
+        data["messages"] = data["messages"][:-1]
+        prompt = self._render(data, True, variables)
+        answer = self._encode(whole[len(prompt) :], mark, continues=True)
+        end = next((at for at, i in enumerate(answer) if i in self._tokenizer.eos_ids), None)
+        if end is None or not whole.startswith(prompt):
+            raise InvalidRequestError(
+                "This model's chat template does not write an answer as the prompt for it and an end: nothing can be "
+                "learnt from the conversation. Train a model with another template.",
+                param="messages",
+            )
+        return self._encode(prompt, mark), answer[: end + 1]
+
+    def _guarded(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[dict[str, Any], str]:
+        """Return what the template gets, special tokens in texts broken by a mark, and the mark; it may be ""."""
         data = self._template_data(messages, tools)
         mark = self._guard.find_mark(_strings(data))
         if mark:
             data = _map_strings(data, lambda text: self._guard.protect(text, mark))
-        rendered = self._render(data, add_generation_prompt, variables)
-        segments = self._tokenizer.split_special(rendered)
-        return self._tokenizer.encode_segments(
+        return data, mark
+
+    def _encode(self, rendered: str, mark: str, *, continues: bool = False) -> list[int]:
+        """Return what was rendered as token ids; ``continues``: other text stands in front of it."""
+        segments = (
             segment.replace(mark, "") if mark and isinstance(segment, str) else segment
-            for segment in segments
+            for segment in self._tokenizer.split_special(rendered)
         )
+        return self._tokenizer.encode_segments(("", *segments) if continues else segments)
 
     def _template_data(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None

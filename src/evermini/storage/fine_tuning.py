@@ -1,0 +1,500 @@
+"""Fine-tuning jobs, what happened to them, and their checkpoints.
+
+    validating_files -> queued -> running -> succeeded
+           |              |          |-> failed, cancelled
+           v              v          v
+         failed         paused <-> queued
+
+Checking the files and training are jobs of the queue, of kinds of their own: files are checked at once, trainings wait
+for each other. A paused job is in no queue. Whoever works on a job writes under its lease; `cancel` and `pause` change
+the status alone, and take the job out of the queue if nobody works on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from sqlalchemy import ForeignKey, String, UniqueConstraint, delete, func, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from evermini.storage.database import Database
+from evermini.storage.files import StoredFile, add_file
+from evermini.storage.jobs import Job, JobRow, enqueue, finish, hold
+from evermini.storage.schema import Base, Cursor, Json, Number, Page, page
+
+CHECK = "fine_tuning_check"
+TRAIN = "fine_tuning"
+FINAL = ("succeeded", "failed", "cancelled")
+Level = Literal["info", "warn", "error"]
+
+
+class FineTuningRow(Base):
+    """A job; ``body`` is all of it that clients see, ``spec`` what the training process is told."""
+
+    __tablename__ = "fine_tuning_jobs"
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    status: Mapped[str]
+    body: Mapped[Json]
+    spec: Mapped[Json]
+    key_id: Mapped[str | None]
+    project: Mapped[str]
+
+
+class FineTuningEventRow(Base):
+    """Something that happened; ``step`` is set for metrics, of which a step has one."""
+
+    __tablename__ = "fine_tuning_events"
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    job: Mapped[int] = mapped_column(
+        ForeignKey(FineTuningRow.number, ondelete="CASCADE"), index=True
+    )
+    created_at: Mapped[int] = mapped_column(Number)
+    level: Mapped[str]
+    message: Mapped[str]
+    step: Mapped[int | None]
+    data: Mapped[Json]
+
+
+class FineTuningCheckpointRow(Base):
+    """An epoch's weights; ``name`` is the model's."""
+
+    __tablename__ = "fine_tuning_checkpoints"
+    __table_args__ = (UniqueConstraint("job", "step"),)
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    job: Mapped[int] = mapped_column(ForeignKey(FineTuningRow.number, ondelete="CASCADE"))
+    step: Mapped[int]
+    created_at: Mapped[int] = mapped_column(Number)
+    name: Mapped[str] = mapped_column(String)
+    metrics: Mapped[Json]
+
+
+@dataclass(frozen=True)
+class StoredTuning:
+    """A job.
+
+    Attributes:
+        body: The object that clients see.
+        spec: What the training process is told.
+        key_id: The key that created it, if one did.
+        project: What it is counted for.
+    """
+
+    body: Json
+    spec: Json
+    key_id: str | None = None
+    project: str = "default"
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return str(self.body["id"])
+
+    @property
+    def status(self) -> str:
+        """Its status."""
+        return str(self.body["status"])
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened; metrics have the step that they are of."""
+
+    id: str
+    created_at: int
+    message: str
+    level: Level = "info"
+    step: int | None = None
+    data: Json | None = None
+
+
+@dataclass(frozen=True)
+class TuningCheckpoint:
+    """An epoch's weights."""
+
+    id: str
+    step: int
+    created_at: int
+    name: str
+    metrics: Json
+
+
+class TuningStore:
+    """Reads and writes fine-tuning jobs."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, tuning: StoredTuning, events: Sequence[Event], now: float) -> None:
+        """Store a new job, and the queue's job to check its files."""
+        with self._database.writing() as session:
+            row = FineTuningRow(
+                id=tuning.id,
+                status=tuning.status,
+                body=tuning.body,
+                spec=tuning.spec,
+                key_id=tuning.key_id,
+                project=tuning.project,
+            )
+            session.add(row)
+            session.flush()
+            _add_events(session, row, events)
+            enqueue(session, CHECK, tuning.id, now)
+
+    def get(self, tuning_id: str) -> StoredTuning | None:
+        """Return a job, ``None`` if there is none of that id."""
+        with self._database.reading() as session:
+            row = _find(session, tuning_id)
+            return None if row is None else _stored(row)
+
+    def list(
+        self, cursor: Cursor, metadata: Mapping[str, str] | None = None, *, bare: bool = False
+    ) -> Page[StoredTuning] | None:
+        """Return a page of jobs.
+
+        Args:
+            cursor: Which page.
+            metadata: Only jobs with these pairs.
+            bare: Only jobs without any metadata.
+
+        Returns:
+            The page; ``None`` if there is no job ``cursor.after``.
+        """
+        with self._database.reading() as session:
+            after = None
+            if cursor.after is not None:
+                before = _find(session, cursor.after)
+                if before is None:
+                    return None
+                after = before.number
+            query = select(FineTuningRow)
+            if not metadata and not bare:
+                found = page(session, query, FineTuningRow.number, after, cursor)
+                return Page([_stored(row) for row in found.rows], found.has_more)
+            ascending = cursor.order == "asc"
+            key = FineTuningRow.number
+            if after is not None:
+                query = query.where(key > after if ascending else key < after)
+            rows = session.scalars(query.order_by(key.asc() if ascending else key.desc()))
+            fitting = (row for row in rows if _has(row.body["metadata"], metadata or {}, bare))
+            some = [_stored(row) for row in islice(fitting, cursor.limit + 1)]
+            return Page(some[: cursor.limit], len(some) > cursor.limit)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many jobs there are of each status."""
+        query = select(FineTuningRow.status, func.count()).group_by(FineTuningRow.status)
+        with self._database.reading() as session:
+            return {status: count for status, count in session.execute(query)}
+
+    def cancel(self, tuning_id: str, event: Event) -> StoredTuning | None:
+        """End a job that has not ended; return it, ``None`` if there is none of that id."""
+        with self._database.writing() as session:
+            row = _find(session, tuning_id, lock=True)
+            if row is None:
+                return None
+            if row.status not in FINAL:
+                _set(row, status="cancelled", finished_at=event.created_at, estimated_finish=None)
+                _add_events(session, row, [event])
+                session.execute(delete(JobRow).where(JobRow.subject == tuning_id))
+            return _stored(row)
+
+    def pause(self, tuning_id: str, event: Event) -> StoredTuning | None:
+        """Pause a job that waits or trains; return it, ``None`` if there is none of that id.
+
+        One that trains stays in the queue until its worker has stopped.
+        """
+        with self._database.writing() as session:
+            row = _find(session, tuning_id, lock=True)
+            if row is None:
+                return None
+            if row.status in ("queued", "running"):
+                _set(row, status="paused", estimated_finish=None)
+                _add_events(session, row, [event])
+                session.execute(
+                    delete(JobRow).where(JobRow.subject == tuning_id, JobRow.owner.is_(None))
+                )
+            return _stored(row)
+
+    def resume(self, tuning_id: str, event: Event, now: float) -> StoredTuning | None:
+        """Queue a paused job again; return it, ``None`` if there is none of that id."""
+        with self._database.writing() as session:
+            row = _find(session, tuning_id, lock=True)
+            if row is None:
+                return None
+            if row.status == "paused":
+                _set(row, status="queued")
+                _add_events(session, row, [event])
+                queued = select(JobRow.number).where(JobRow.subject == tuning_id)
+                if session.scalar(queued) is None:
+                    enqueue(session, TRAIN, tuning_id, now)
+            return _stored(row)
+
+    def events(self, tuning_id: str, cursor: Cursor) -> Page[Event] | None:
+        """Return a page of a job's events; ``None`` if there is no such job, or no event ``cursor.after``."""
+        with self._database.reading() as session:
+            row = _find(session, tuning_id)
+            if row is None:
+                return None
+            after = None
+            if cursor.after is not None:
+                after = session.scalar(
+                    select(FineTuningEventRow.number).where(
+                        FineTuningEventRow.job == row.number, FineTuningEventRow.id == cursor.after
+                    )
+                )
+                if after is None:
+                    return None
+            query = select(FineTuningEventRow).where(FineTuningEventRow.job == row.number)
+            found = page(session, query, FineTuningEventRow.number, after, cursor)
+            return Page([_event(one) for one in found.rows], found.has_more)
+
+    def metrics(self, tuning_id: str) -> Sequence[Event]:
+        """Return the metrics of a job's steps, in order."""
+        with self._database.reading() as session:
+            query = (
+                select(FineTuningEventRow)
+                .join(FineTuningRow, FineTuningRow.number == FineTuningEventRow.job)
+                .where(FineTuningRow.id == tuning_id, FineTuningEventRow.step.is_not(None))
+                .order_by(FineTuningEventRow.step)
+            )
+            return [_event(one) for one in session.scalars(query)]
+
+    def checkpoints(self, tuning_id: str, cursor: Cursor) -> Page[TuningCheckpoint] | None:
+        """Return a page of a job's checkpoints; ``None`` as for `events`."""
+        with self._database.reading() as session:
+            row = _find(session, tuning_id)
+            if row is None:
+                return None
+            query = select(FineTuningCheckpointRow).where(FineTuningCheckpointRow.job == row.number)
+            after = None
+            if cursor.after is not None:
+                before = session.scalar(query.where(FineTuningCheckpointRow.id == cursor.after))
+                if before is None:
+                    return None
+                after = before.number
+            found = page(session, query, FineTuningCheckpointRow.number, after, cursor)
+            return Page([_checkpoint(one) for one in found.rows], found.has_more)
+
+    def add_checkpoint(self, tuning_id: str, checkpoint: TuningCheckpoint) -> None:
+        """Store a checkpoint, or its metrics again if it is known by its step."""
+        with self._database.writing() as session:
+            row = _find(session, tuning_id, lock=True)
+            assert row is not None, "jobs are never deleted"
+            _put_checkpoint(session, row, checkpoint)
+
+    # By the worker
+
+    def checked(self, job: Job, body: Json, spec: Json, event: Event, now: float) -> None:
+        """Note that a job's files are good, and let it wait for its turn.
+
+        Raises:
+            LeaseLostError: The queue's job is another's, or the job was cancelled.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            _set(row, **body, status="queued")
+            row.spec = spec
+            _add_events(session, row, [event])
+            finish(session, job)
+            enqueue(session, TRAIN, row.id, now)
+
+    def fail(self, job: Job, error: Json, events: Sequence[Event], now: int) -> None:
+        """End a job that cannot be done.
+
+        Raises:
+            LeaseLostError: As for `checked`.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            _set(row, status="failed", error=error, finished_at=now, estimated_finish=None)
+            _add_events(session, row, events)
+            finish(session, job)
+
+    def started(self, job: Job, step: int, event: Event) -> bool:
+        """Note that a training begins or goes on after ``step``, and forget metrics of later steps.
+
+        Returns:
+            Whether it is still wanted: it may have been paused.
+
+        Raises:
+            LeaseLostError: As for `checked`.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            if row.status == "paused":
+                return False
+            _set(row, status="running")
+            session.execute(
+                delete(FineTuningEventRow).where(
+                    FineTuningEventRow.job == row.number, FineTuningEventRow.step > step
+                )
+            )
+            session.execute(
+                delete(FineTuningCheckpointRow).where(
+                    FineTuningCheckpointRow.job == row.number, FineTuningCheckpointRow.step > step
+                )
+            )
+            _add_events(session, row, [event])
+            return True
+
+    def progress(
+        self,
+        job: Job,
+        events: Iterable[Event],
+        estimated_finish: int | None,
+        checkpoint: TuningCheckpoint | None = None,
+    ) -> str:
+        """Store what happened, and return the job's status.
+
+        Raises:
+            LeaseLostError: As for `checked`.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            _add_events(session, row, events)
+            if checkpoint is not None:
+                _put_checkpoint(session, row, checkpoint)
+            if row.status == "running" and estimated_finish is not None:
+                _set(row, estimated_finish=estimated_finish)
+            return row.status
+
+    def status(self, job: Job) -> str:
+        """Return the status of a job."""
+        with self._database.reading() as session:
+            query = select(FineTuningRow.status).where(FineTuningRow.id == job.subject)
+            return session.scalars(query).one()
+
+    def stopped(self, job: Job) -> bool:
+        """Take a paused job out of the queue, now that nobody trains it any more.
+
+        Returns:
+            Whether it is paused; it may have been resumed in the meantime.
+
+        Raises:
+            LeaseLostError: As for `checked`.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            if _require(session, job).status != "paused":
+                return False
+            finish(session, job)
+            return True
+
+    def succeed(
+        self, job: Job, body: Json, results: StoredFile, events: Sequence[Event], now: int
+    ) -> None:
+        """End a job: its result file, its state and the end of the queue's job are one change.
+
+        Raises:
+            LeaseLostError: As for `checked`.
+        """
+        with self._database.writing() as session:
+            hold(session, job)
+            row = _require(session, job)
+            add_file(session, results)
+            _set(
+                row,
+                **body,
+                status="succeeded",
+                result_files=[results.id],
+                finished_at=now,
+                estimated_finish=None,
+            )
+            _add_events(session, row, events)
+            finish(session, job)
+
+
+def _find(session: Session, tuning_id: str, *, lock: bool = False) -> FineTuningRow | None:
+    query = select(FineTuningRow).where(FineTuningRow.id == tuning_id)
+    return session.scalar(query.with_for_update() if lock else query)
+
+
+def _require(session: Session, job: Job) -> FineTuningRow:
+    row = _find(session, job.subject, lock=True)
+    assert row is not None, "jobs are never deleted"
+    return row
+
+
+def _set(row: FineTuningRow, **values: object) -> None:
+    """Change what clients see; a new object, since SQLAlchemy does not look inside."""
+    row.body = {**row.body, **values}
+    row.status = row.body["status"]
+
+
+def _has(metadata: Json | None, pairs: Mapping[str, str], bare: bool) -> bool:
+    if bare and metadata:
+        return False
+    return all((metadata or {}).get(key) == value for key, value in pairs.items())
+
+
+def _add_events(session: Session, row: FineTuningRow, events: Iterable[Event]) -> None:
+    """Add events; a step's metrics that are known are added to."""
+    for event in events:
+        known = None
+        if event.step is not None:
+            known = session.scalar(
+                select(FineTuningEventRow).where(
+                    FineTuningEventRow.job == row.number, FineTuningEventRow.step == event.step
+                )
+            )
+        if known is not None:
+            known.message, known.data = event.message, {**known.data, **(event.data or {})}
+            continue
+        session.add(
+            FineTuningEventRow(
+                id=event.id,
+                job=row.number,
+                created_at=event.created_at,
+                level=event.level,
+                message=event.message,
+                step=event.step,
+                data=event.data or {},
+            )
+        )
+
+
+def _put_checkpoint(session: Session, row: FineTuningRow, checkpoint: TuningCheckpoint) -> None:
+    found = session.scalar(
+        select(FineTuningCheckpointRow).where(
+            FineTuningCheckpointRow.job == row.number,
+            FineTuningCheckpointRow.step == checkpoint.step,
+        )
+    )
+    if found is not None:
+        found.metrics = checkpoint.metrics
+        return
+    session.add(
+        FineTuningCheckpointRow(
+            id=checkpoint.id,
+            job=row.number,
+            step=checkpoint.step,
+            created_at=checkpoint.created_at,
+            name=checkpoint.name,
+            metrics=checkpoint.metrics,
+        )
+    )
+
+
+def _stored(row: FineTuningRow) -> StoredTuning:
+    return StoredTuning(row.body, row.spec, row.key_id, row.project)
+
+
+def _event(row: FineTuningEventRow) -> Event:
+    level: Level = row.level  # type: ignore[assignment]  # written by us
+    return Event(row.id, row.created_at, row.message, level, row.step, row.data)
+
+
+def _checkpoint(row: FineTuningCheckpointRow) -> TuningCheckpoint:
+    return TuningCheckpoint(row.id, row.step, row.created_at, row.name, row.metrics)

@@ -1,0 +1,93 @@
+"""A process that checks or trains: ``python -m evermini.tuning check|train FOLDER``.
+
+It reads the folder's specification, writes reports (`evermini.tuning.reports`) to standard output, and runs at low
+priority. A line on standard input tells it to save and stop; when its standard input ends, whoever started it is gone,
+and it ends at once: whoever comes next goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from evermini.errors import EverminiError
+from evermini.models import pull
+from evermini.models.checkpoint import Checkpoint, open_checkpoint
+from evermini.service.fine_tuning.spec import TRAINING, VALIDATION, TrainingSpec
+from evermini.service.loading import what_to_serve
+from evermini.text.chat import ChatTemplate
+from evermini.text.tokenizer import Tokenizer
+from evermini.tuning.data import Data, read_data
+from evermini.tuning.reports import Reporter
+
+NICE = 10
+
+
+def main() -> int:
+    """Do what the command line says; 0 unless it failed."""
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    reporter = Reporter()
+    stop = threading.Event()
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # accelerate's other processes end with this one
+        threading.Thread(target=_listen, args=(stop,), daemon=True).start()
+    os.nice(NICE)
+    try:
+        _run(what, folder, reporter, stop)
+    except EverminiError as error:
+        reporter.send("failed", message=error.message)
+        return 1
+    return 0
+
+
+def _listen(stop: threading.Event) -> None:
+    for _ in sys.stdin:
+        stop.set()
+    os._exit(3)
+
+
+def _run(what: str, folder: Path, reporter: Reporter, stop: threading.Event) -> None:
+    spec = TrainingSpec.read(folder)
+    _, source = what_to_serve(spec.source)
+    checkpoint = open_checkpoint(
+        pull.ensure(
+            source,
+            home=Path(spec.home),
+            weights_dir=Path(spec.weights_dir) if spec.weights_dir else None,
+        )
+    )
+    training, validation = _read(spec, folder, checkpoint)
+    for param, data in (("training_file", training), ("validation_file", validation)):
+        if data is not None and data.num_errors:
+            listed = [{"line": e.line, "path": e.path, "message": e.message} for e in data.errors]
+            reporter.send("invalid", param=param, count=data.num_errors, errors=listed)
+            return
+    if what == "check":
+        from evermini.tuning.check import summary
+
+        reporter.send("checked", data=summary(spec, checkpoint.config, training, validation))
+        return
+    import torch
+
+    from evermini.tuning.train import train
+
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    train(spec, folder, checkpoint, training, validation, reporter, stop.is_set)
+
+
+def _read(spec: TrainingSpec, folder: Path, checkpoint: Checkpoint) -> tuple[Data, Data | None]:
+    template = ChatTemplate(Tokenizer(checkpoint.tokenizer))
+    window = checkpoint.config.max_position
+    training = read_data(folder / TRAINING, spec.method, template, window)
+    validation = None
+    if spec.has_validation:
+        validation = read_data(
+            folder / VALIDATION, spec.method, template, window, min_examples=1
+        )
+    return training, validation
+
+
+if __name__ == "__main__":
+    sys.exit(main())

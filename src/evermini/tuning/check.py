@@ -1,0 +1,72 @@
+"""What training on a file will take: tokens, time, money."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from evermini.models.config import ModelConfig
+from evermini.service.fine_tuning.spec import TrainingSpec
+from evermini.tuning.data import Data
+
+_BACKWARD = {"supervised": 2.0, "dpo": 3.0}
+"""Forward passes that a token costs: its own and the backward one, which is as long since the base is frozen; for
+preferences the base's opinion, too."""
+_EFFICIENCY = 0.6
+"""Of the speed of plain matrix products, what training reaches."""
+
+
+def summary(
+    spec: TrainingSpec, config: ModelConfig, training: Data, validation: Data | None
+) -> dict[str, Any]:
+    """Return what there is to know before the start, ``auto`` decided."""
+    wanted = spec.hyperparameters.resolve(spec.method, len(training.examples))
+    assert isinstance(wanted.n_epochs, int)
+    tokens = training.num_tokens * wanted.n_epochs
+    return {
+        "num_examples": len(training.examples),
+        "num_tokens": training.num_tokens,
+        "num_learnt_tokens": training.num_learnt,
+        "longest": training.longest,
+        "window": config.max_position,
+        "num_validation_examples": 0 if validation is None else len(validation.examples),
+        "hyperparameters": wanted.model_dump(),
+        "trained_tokens": tokens,
+        "estimated_seconds": seconds_for(config, tokens, spec),
+    }
+
+
+def seconds_for(config: ModelConfig, num_tokens: int, spec: TrainingSpec) -> float:
+    """Return about how long training on so many tokens takes, from a short measurement of this machine.
+
+    Half or double that is possible; the running job's estimate is from its own speed.
+    """
+    per_layer = config.hidden_size * config.head_dim * (config.num_heads + config.num_kv_heads)
+    per_layer = 2 * per_layer + 3 * config.hidden_size * config.intermediate_size
+    weights = config.num_layers * per_layer + config.vocab_size * config.hidden_size
+    flops = 2 * weights * _BACKWARD[spec.method] * num_tokens
+    return flops / (_EFFICIENCY * _flops_per_second(config, spec))
+
+
+def _flops_per_second(config: ModelConfig, spec: TrainingSpec) -> float:
+    import torch
+
+    from evermini.tuning.train import pick_device
+
+    device = pick_device(spec.device)
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = torch.randn(512, config.hidden_size, device=device, dtype=dtype)
+    weights = torch.randn(config.hidden_size, config.intermediate_size, device=device, dtype=dtype)
+    once = 2 * rows.shape[0] * weights.numel()
+    best = 0.0
+    for _ in range(3):
+        begin, count = time.perf_counter(), 0
+        while time.perf_counter() - begin < 0.05:
+            rows @ weights
+            count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, count * once / (time.perf_counter() - begin))
+    return best

@@ -1,0 +1,82 @@
+"""trl's trainers, fed with token ids that are ready: no template, tokenizer or truncation of theirs has a say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+from trl import DPOTrainer, SFTTrainer
+
+from evermini.tuning.examples import Example, PreferenceExample, SupervisedExample
+
+PAD_ID = 0
+"""Fills up shorter rows of a batch; never attended to, and never learnt."""
+
+
+def supervised_dataset(examples: Sequence[Example]) -> Dataset:
+    """Return the sequences of the examples."""
+    sequences = [
+        one for example in examples for one in _checked(example, SupervisedExample).sequences
+    ]
+    return Dataset.from_dict(
+        {
+            "input_ids": [one.ids for one in sequences],
+            "labels": [one.labels for one in sequences],
+        }
+    )
+
+
+def preference_dataset(examples: Sequence[Example]) -> Dataset:
+    """Return prompts and answers."""
+    pairs = [_checked(example, PreferenceExample) for example in examples]
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [pair.prompt for pair in pairs],
+            "chosen_ids": [pair.chosen for pair in pairs],
+            "rejected_ids": [pair.rejected for pair in pairs],
+        }
+    )
+
+
+def _checked(example: Example, kind: type) -> Any:
+    assert isinstance(example, kind), "a file is of one method"
+    return example
+
+
+def lengths(dataset: Dataset) -> np.ndarray[Any, Any]:
+    """Return the tokens of each row."""
+    if "input_ids" in dataset.column_names:
+        return np.array([len(ids) for ids in dataset["input_ids"]])
+    columns = (dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return np.array(
+        [2 * len(prompt) + len(a) + len(b) for prompt, a, b in zip(*columns, strict=True)]
+    )
+
+
+def processing_class() -> PreTrainedTokenizerFast:
+    """Return the tokenizer that trl asks for, of which it needs a padding token."""
+    backend = Tokenizer(WordLevel({"<pad>": PAD_ID}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<pad>")
+
+
+class _Quiet:
+    """Writes no model card: the adapter is the product, and it is named elsewhere."""
+
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
+        """Do nothing."""
+
+
+class Supervised(_Quiet, SFTTrainer):  # type: ignore[misc]  # trl has no types
+    """Learns sequences by their labels."""
+
+
+class Preferences(_Quiet, DPOTrainer):  # type: ignore[misc]
+    """Learns to tell better answers from worse ones."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: object, **kwargs: object) -> Dataset:
+        return dataset
