@@ -52,7 +52,9 @@ def main() -> None:
     ]
     print(f"train: {len(docs)} documents, {len(short)} short ones, {len(pairs)} sentence pairs")
     rows = [("sentence", pair) for pair in chance.sample(pairs, min(options.sentences, len(pairs)))]
-    rows += [("document", pair) for pair in chance.sample(short, min(options.documents, len(short)))]
+    rows += [
+        ("document", pair) for pair in chance.sample(short, min(options.documents, len(short)))
+    ]
     chance.shuffle(rows)
     write(options.out / "train.jsonl", rows)
 

@@ -86,6 +86,12 @@ def _parse_device(value: object) -> str:
     raise ValueError("expected auto, cpu, cuda or cuda:N")
 
 
+def _parse_organization(value: object) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
+        return value
+    raise ValueError("expected up to 64 letters, digits, '-', '_' and '.'")
+
+
 def _parse_path(value: object) -> Path:
     if isinstance(value, str | Path):
         return Path(value).expanduser()
@@ -253,6 +259,12 @@ class Settings:
         group="Server",
         shown="the folder `blobs` in the home folder",
         metavar="URL",
+    )
+    organization: Annotated[str, _Parsed(_parse_organization)] = _setting(
+        "personal",
+        "Your organization's part in the names of fine-tuned models, ft:MODEL:ORGANIZATION:SUFFIX:ID.",
+        group="Server",
+        metavar="NAME",
     )
     conformance_fixtures: bool = _setting(
         False,

@@ -26,6 +26,7 @@ from evermini.api import (
     embeddings,
     errors,
     files,
+    fine_tuning,
     models,
     moderations,
     monitoring,
@@ -43,10 +44,14 @@ from evermini.api.middleware import (
 )
 from evermini.config import Settings
 from evermini.service.access import Access
+from evermini.service.adapters import AdapterStore
 from evermini.service.batches.requests import BatchService
 from evermini.service.batches.worker import BatchWorker
 from evermini.service.documents import Documents
 from evermini.service.files import FileService
+from evermini.service.fine_tuning.metrics import TuningGauges
+from evermini.service.fine_tuning.service import FineTuning
+from evermini.service.fine_tuning.worker import TuningWorker
 from evermini.service.jobs import JobRunner
 from evermini.service.metering import Meter
 from evermini.service.readiness import Readiness
@@ -56,6 +61,8 @@ from evermini.service.uploads import UploadService
 from evermini.storage.batches import JOB as BATCH_JOB
 from evermini.storage.blobs import BlobStore
 from evermini.storage.database import Database
+from evermini.storage.fine_tuning import CHECK as CHECK_JOB
+from evermini.storage.fine_tuning import TRAIN as TRAINING_JOB
 from evermini.storage.responses import JOB as RESPONSE_JOB
 
 NUM_BATCHES = 4
@@ -82,6 +89,7 @@ ROUTERS = tuple(
         embeddings,
         files,
         batches,
+        fine_tuning,
         usage,
         models,
         moderations,
@@ -158,6 +166,12 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     )
     jobs.handle(BATCH_JOB, worker, num_slots=NUM_BATCHES)
     jobs.handle(RESPONSE_JOB, service.background, num_slots=settings.max_num_seqs, finishes=True)
+    adapters = AdapterStore.open(settings, database)
+    app.state.fine_tuning = FineTuning(database, app.state.files, adapters, settings)
+    gauges = TuningGauges(runtime.metrics.registry)
+    tuning = TuningWorker(database, app.state.files, adapters, settings, gauges)
+    jobs.handle(CHECK_JOB, tuning.check, num_slots=1)
+    jobs.handle(TRAINING_JOB, tuning.train, num_slots=1)
     app.state.jobs = jobs
     app.state.readiness = readiness
     app.state.responses = service

@@ -36,7 +36,7 @@ def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -
 def encode_answer(
     template: ChatTemplate, messages: Sequence[Message], toolset: Toolset
 ) -> tuple[list[int], list[int]]:
-    """Return the prompt that `encode` makes of all messages but the last, and the last one as the model has to write it.
+    """Return the prompt that `encode` makes of all messages but the last, and the last as the model has to write it.
 
     Raises:
         InvalidRequestError: The template refuses the conversation, or cannot write the answer in one turn.
@@ -47,7 +47,7 @@ def encode_answer(
             "This model calls one tool at a time, and the answer has several calls. Split it into several turns.",
             param=f"messages[{len(messages) - 1}].tool_calls",
         )
-    written = [message.for_template(message.text()) for message in messages]
+    written: list[TemplateMessage] = [message.for_template(message.text()) for message in messages]
     return template.encode_answer(*_with_tools(template, written, toolset))
 
 

@@ -6,6 +6,7 @@ chats.py           stored chat completions
 responses.py       responses, their events, and who is working on the unfinished ones
 conversations.py   conversations and their items
 adapters.py        fine-tuned models: names, where their bytes are, aliases
+fine_tuning.py     fine-tuning jobs, their events and checkpoints
 migrations/        Alembic: forwards only, applied when a database is opened
 
 A store's methods block. Callers on an event loop go through `Database.run`.

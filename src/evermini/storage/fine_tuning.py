@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from sqlalchemy import ForeignKey, String, UniqueConstraint, delete, func, select
+from sqlalchemy import ForeignKey, String, UniqueConstraint, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
@@ -187,12 +187,6 @@ class TuningStore:
             fitting = (row for row in rows if _has(row.body["metadata"], metadata or {}, bare))
             some = [_stored(row) for row in islice(fitting, cursor.limit + 1)]
             return Page(some[: cursor.limit], len(some) > cursor.limit)
-
-    def counts(self) -> dict[str, int]:
-        """Return how many jobs there are of each status."""
-        query = select(FineTuningRow.status, func.count()).group_by(FineTuningRow.status)
-        with self._database.reading() as session:
-            return {status: count for status, count in session.execute(query)}
 
     def cancel(self, tuning_id: str, event: Event) -> StoredTuning | None:
         """End a job that has not ended; return it, ``None`` if there is none of that id."""

@@ -30,7 +30,9 @@ def main() -> int:
     what, folder = sys.argv[1], Path(sys.argv[2])
     reporter = Reporter()
     stop = threading.Event()
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # accelerate's other processes end with this one
+    if (
+        int(os.environ.get("LOCAL_RANK", "0")) == 0
+    ):  # accelerate's other processes end with this one
         threading.Thread(target=_listen, args=(stop,), daemon=True).start()
     os.nice(NICE)
     try:
@@ -83,9 +85,7 @@ def _read(spec: TrainingSpec, folder: Path, checkpoint: Checkpoint) -> tuple[Dat
     training = read_data(folder / TRAINING, spec.method, template, window)
     validation = None
     if spec.has_validation:
-        validation = read_data(
-            folder / VALIDATION, spec.method, template, window, min_examples=1
-        )
+        validation = read_data(folder / VALIDATION, spec.method, template, window, min_examples=1)
     return training, validation
 
 

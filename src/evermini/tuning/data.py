@@ -82,7 +82,9 @@ def read_data(
         least = "one example" if min_examples == 1 else f"{min_examples} examples"
         data._note(
             RowError(
-                num_rows + 1, "", f"The file has {num_rows} examples. It must have at least {least}."
+                num_rows + 1,
+                "",
+                f"The file has {num_rows} examples. It must have at least {least}.",
             )
         )
     return data

@@ -1,13 +1,13 @@
 """What a training process tells whoever started it: one JSON object per line.
 
-    {"type": "checked", "data": {...}}            the files are good; counts, and hyperparameters without auto
-    {"type": "invalid", "param": "training_file", "count": 2, "errors": [...]}
-    {"type": "started", "step": 0, "num_steps": 120, ...}
-    {"type": "metrics", "step": 1, "metrics": {"train_loss": 2.31, ...}, "seconds_left": 311.0}
-    {"type": "checkpoint", "step": 40, "metrics": {...}}     an adapter lies in adapters/step-40
-    {"type": "finished", "step": 120, "adapter_step": 120, "trained_tokens": 81234}
-    {"type": "stopped", "step": 57}               told to; it can go on from there
-    {"type": "failed", "message": "..."}
+{"type": "checked", "data": {...}}            the files are good; counts, and hyperparameters without auto
+{"type": "invalid", "param": "training_file", "count": 2, "errors": [...]}
+{"type": "started", "step": 0, "num_steps": 120, ...}
+{"type": "metrics", "step": 1, "metrics": {"train_loss": 2.31, ...}, "seconds_left": 311.0}
+{"type": "checkpoint", "step": 40, "metrics": {...}}     an adapter lies in adapters/step-40
+{"type": "finished", "step": 120, "adapter_step": 120, "trained_tokens": 81234}
+{"type": "stopped", "step": 57}               told to; it can go on from there
+{"type": "failed", "message": "..."}
 """
 
 from __future__ import annotations

@@ -323,13 +323,16 @@ def wire_checkpoint(tuning_id: str, checkpoint: TuningCheckpoint) -> dict[str, A
     }
 
 
-def model_name(tuning: StoredTuning, organization: str) -> FineTunedName:
-    """Return what a job's model will be called: the same each time it is asked, so a job that was killed names it again."""
+def model_name(tuning: StoredTuning, organization: str, step: int | None = None) -> FineTunedName:
+    """Return what a job's model, or its checkpoint after ``step``, is called.
+
+    It is the same each time it is asked, so a job that was killed does not name its model twice.
+    """
     suffix = tuning.body["user_provided_suffix"] or ""
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "-", suffix)
     base = tuning.spec["base"]
     assert catalogue.find(base), "checked when the job was made"
-    return FineTunedName(base, organization, suffix, tuning.id.removeprefix("ftjob-")[:8])
+    return FineTunedName(base, organization, suffix, tuning.id.removeprefix("ftjob-")[:8], step)
 
 
 def _found(tuning: StoredTuning | None, tuning_id: str) -> StoredTuning:

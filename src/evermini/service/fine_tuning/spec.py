@@ -1,9 +1,9 @@
 """What a training process is told, in `spec.json` of a job's folder, and how ``auto`` is decided.
 
-    FOLDER/spec.json  training.jsonl  validation.jsonl     written before it starts
-    FOLDER/state/                                          the trainer's checkpoints, to go on from
-    FOLDER/adapters/step-N/                                an epoch's adapter, until it is stored elsewhere
-    FOLDER/tensorboard/                                    for `tensorboard --logdir`
+FOLDER/spec.json  training.jsonl  validation.jsonl     written before it starts
+FOLDER/state/                                          the trainer's checkpoints, to go on from
+FOLDER/adapters/step-N/                                an epoch's adapter, until it is stored elsewhere
+FOLDER/tensorboard/                                    for `tensorboard --logdir`
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Hyperparameters(WireModel):
     def resolve(self, method: str, num_examples: int) -> Hyperparameters:
         """Return them without ``auto``.
 
-        Epochs are three, more for few examples and fewer for many; a batch is a five-hundredth of the examples, 4 to 64.
+        Epochs are three, more for few examples and fewer for many; a batch is a 500th of the examples, 4 to 64.
 
         Args:
             method: ``supervised`` or ``dpo``.

@@ -1,0 +1,160 @@
+"""``/v1/fine_tuning/jobs``: created, read, listed, steered; their events and checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncGenerator
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from evermini.api import sse
+from evermini.api.body import read_request
+from evermini.api.description import PageOf, Parameter, cursor, described
+from evermini.api.errors import JsonResponse
+from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.service.fine_tuning.schemas import TuningCreate, parse_tuning
+from evermini.service.fine_tuning.service import FineTuning, wire_checkpoint, wire_event
+from evermini.service.jobs import JobRunner
+from evermini.service.shapes import TuningAnswer, TuningCheckpointAnswer, TuningEventAnswer
+from evermini.storage.fine_tuning import FINAL
+from evermini.storage.schema import Cursor
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs")
+
+FOLLOW_SECONDS = 0.5
+"""How often a stream of events looks for new ones."""
+
+
+@router.post("")
+@described(body=TuningCreate, answer=TuningAnswer)
+async def create_fine_tuning_job(request: Request) -> Response:
+    """Create a job."""
+    wanted = await read_request(request, parse_tuning)
+    tuning = await _service(request).create(wanted)
+    jobs: JobRunner = request.app.state.jobs
+    jobs.poke()
+    return JsonResponse(tuning.body)
+
+
+@router.get("")
+@described(
+    query=[
+        *cursor("desc"),
+        Parameter(
+            "metadata",
+            {"type": "object", "additionalProperties": {"type": "string"}},
+            "Only jobs with these pairs; `metadata=null`: only jobs without any.",
+            style="deepObject",
+        ),
+    ],
+    answer=PageOf(TuningAnswer),
+)
+async def list_fine_tuning_jobs(request: Request) -> Response:
+    """List jobs, the newest first; ``metadata[key]=value`` and ``metadata=null`` choose among them."""
+    cursor = read_cursor(request, order="desc")
+    pairs = {
+        match[1]: value
+        for key, value in request.query_params.multi_items()
+        if (match := re.fullmatch(r"metadata\[(.+)\]", key, re.DOTALL))
+    }
+    bare = request.query_params.get("metadata") == "null"
+    found = await _service(request).list(cursor, pairs, bare=bare)
+    if found is None:
+        raise no_such_cursor(cursor)
+    return JsonResponse(list_object([tuning.body for tuning in found.rows], found.has_more))
+
+
+@router.get("/{tuning_id}")
+@described(answer=TuningAnswer)
+async def retrieve_fine_tuning_job(request: Request, tuning_id: str) -> Response:
+    """Return a job."""
+    return JsonResponse((await _service(request).get(tuning_id)).body)
+
+
+@router.post("/{tuning_id}/cancel")
+@described(answer=TuningAnswer)
+async def cancel_fine_tuning_job(request: Request, tuning_id: str) -> Response:
+    """End a job early."""
+    return JsonResponse((await _service(request).cancel(tuning_id)).body)
+
+
+@router.post("/{tuning_id}/pause")
+@described(answer=TuningAnswer)
+async def pause_fine_tuning_job(request: Request, tuning_id: str) -> Response:
+    """Let a job wait; what is trained is kept."""
+    return JsonResponse((await _service(request).pause(tuning_id)).body)
+
+
+@router.post("/{tuning_id}/resume")
+@described(answer=TuningAnswer)
+async def resume_fine_tuning_job(request: Request, tuning_id: str) -> Response:
+    """Let a paused job go on."""
+    tuning = await _service(request).resume(tuning_id)
+    jobs: JobRunner = request.app.state.jobs
+    jobs.poke()
+    return JsonResponse(tuning.body)
+
+
+@router.get("/{tuning_id}/events")
+@described(
+    query=[
+        *cursor("desc"),
+        Parameter("stream", {"type": "boolean"}, "Send events as they happen."),
+    ],
+    answer=PageOf(TuningEventAnswer),
+    events=TuningEventAnswer,
+)
+async def list_fine_tuning_events(request: Request, tuning_id: str) -> Response:
+    """List a job's events, the newest first; with ``stream=true`` as they happen, until the job has ended."""
+    service = _service(request)
+    if request.query_params.get("stream") == "true":
+        await service.get(tuning_id)
+        return sse.EventStream(_follow(service, tuning_id), close=lambda: None)
+    cursor = read_cursor(request, order="desc")
+    found = await service.events(tuning_id, cursor)
+    if found is None:
+        raise no_such_cursor(cursor)
+    return JsonResponse(list_object([wire_event(event) for event in found.rows], found.has_more))
+
+
+@router.get("/{tuning_id}/checkpoints")
+@described(query=cursor("desc", limit=10), answer=PageOf(TuningCheckpointAnswer))
+async def list_fine_tuning_checkpoints(request: Request, tuning_id: str) -> Response:
+    """List a job's checkpoints, the newest first."""
+    cursor = read_cursor(request, order="desc", limit=10)
+    found = await _service(request).checkpoints(tuning_id, cursor)
+    if found is None:
+        raise no_such_cursor(cursor)
+    listed = [wire_checkpoint(tuning_id, checkpoint) for checkpoint in found.rows]
+    return JsonResponse(list_object(listed, found.has_more))
+
+
+async def _follow(service: FineTuning, tuning_id: str) -> AsyncGenerator[bytes, None]:
+    after: str | None = None
+    seen: set[str] = set()
+    while True:
+        tuning = await service.get(tuning_id)  # before its events: none of an ended job is missed
+        while True:
+            found = await service.events(tuning_id, Cursor(after, 100, "asc"))
+            if found is None:  # forgotten: the job went on from an earlier step
+                after = None
+                continue
+            for event in found.rows:
+                after = event.id
+                if after not in seen:
+                    seen.add(after)
+                    yield sse.data(wire_event(event))
+            if not found.has_more:
+                break
+        if tuning.status in FINAL:
+            yield sse.DONE
+            return
+        await asyncio.sleep(FOLLOW_SECONDS)
+
+
+def _service(request: Request) -> FineTuning:
+    service: FineTuning = request.app.state.fine_tuning
+    return service
