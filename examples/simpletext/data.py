@@ -2,8 +2,9 @@
 
     python examples/simpletext/data.py DATA_FOLDER OUT_FOLDER [--sentences 1500] [--documents 150]
 
-``DATA_FOLDER`` holds ``cochraneauto_docs_train.csv.gz`` and so on (github.com/JanB100/cochrane-auto). Training sentences
-are cut out of the training documents by their alignment; a document whose sentences cannot be told apart is left out.
+``DATA_FOLDER`` holds ``cochraneauto_docs_train.csv.gz`` and so on (github.com/JanB100/cochrane-auto). Training
+sentences are cut out of the training documents by their alignment; a document whose sentences cannot be told apart is
+left out.
 """
 
 from __future__ import annotations

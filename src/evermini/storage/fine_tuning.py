@@ -22,7 +22,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile, add_file
-from evermini.storage.jobs import Job, JobRow, enqueue, finish, hold
+from evermini.storage.jobs import Job, JobRow, drop, enqueue, finish, hold
 from evermini.storage.schema import Base, Cursor, Json, Number, Page, page
 
 CHECK = "fine_tuning_check"
@@ -133,7 +133,7 @@ class TuningStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, tuning: StoredTuning, events: Sequence[Event], now: float) -> None:
+    def add(self, tuning: StoredTuning, events: Sequence[Event]) -> None:
         """Store a new job, and the queue's job to check its files."""
         with self._database.writing() as session:
             row = FineTuningRow(
@@ -147,7 +147,7 @@ class TuningStore:
             session.add(row)
             session.flush()
             _add_events(session, row, events)
-            enqueue(session, CHECK, tuning.id, now)
+            enqueue(session, CHECK, tuning.id)
 
     def get(self, tuning_id: str) -> StoredTuning | None:
         """Return a job, ``None`` if there is none of that id."""
@@ -197,7 +197,7 @@ class TuningStore:
             if row.status not in FINAL:
                 _set(row, status="cancelled", finished_at=event.created_at, estimated_finish=None)
                 _add_events(session, row, [event])
-                session.execute(delete(JobRow).where(JobRow.subject == tuning_id))
+                drop(session, tuning_id)
             return _stored(row)
 
     def pause(self, tuning_id: str, event: Event) -> StoredTuning | None:
@@ -217,7 +217,7 @@ class TuningStore:
                 )
             return _stored(row)
 
-    def resume(self, tuning_id: str, event: Event, now: float) -> StoredTuning | None:
+    def resume(self, tuning_id: str, event: Event) -> StoredTuning | None:
         """Queue a paused job again; return it, ``None`` if there is none of that id."""
         with self._database.writing() as session:
             row = _find(session, tuning_id, lock=True)
@@ -228,7 +228,7 @@ class TuningStore:
                 _add_events(session, row, [event])
                 queued = select(JobRow.number).where(JobRow.subject == tuning_id)
                 if session.scalar(queued) is None:
-                    enqueue(session, TRAIN, tuning_id, now)
+                    enqueue(session, TRAIN, tuning_id)
             return _stored(row)
 
     def events(self, tuning_id: str, cursor: Cursor) -> Page[Event] | None:
@@ -277,16 +277,9 @@ class TuningStore:
             found = page(session, query, FineTuningCheckpointRow.number, after, cursor)
             return Page([_checkpoint(one) for one in found.rows], found.has_more)
 
-    def add_checkpoint(self, tuning_id: str, checkpoint: TuningCheckpoint) -> None:
-        """Store a checkpoint, or its metrics again if it is known by its step."""
-        with self._database.writing() as session:
-            row = _find(session, tuning_id, lock=True)
-            assert row is not None, "jobs are never deleted"
-            _put_checkpoint(session, row, checkpoint)
-
     # By the worker
 
-    def checked(self, job: Job, body: Json, spec: Json, event: Event, now: float) -> None:
+    def checked(self, job: Job, body: Json, spec: Json, event: Event) -> None:
         """Note that a job's files are good, and let it wait for its turn.
 
         Raises:
@@ -299,7 +292,7 @@ class TuningStore:
             row.spec = spec
             _add_events(session, row, [event])
             finish(session, job)
-            enqueue(session, TRAIN, row.id, now)
+            enqueue(session, TRAIN, row.id)
 
     def fail(self, job: Job, error: Json, events: Sequence[Event], now: int) -> None:
         """End a job that cannot be done.

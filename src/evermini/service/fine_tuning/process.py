@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 LOG = "process.log"
 """In the job's folder: what the process and its libraries had to say."""
-STOP_SECONDS = 20.0
+STOP_SECONDS = 10.0
 """How long it may take to save when it is told to stop."""
 _MAX_REPORT = 16 * 1024**2
 _TAIL = 2000
@@ -81,6 +81,14 @@ class TuningProcess:
     async def wait(self) -> int:
         """Wait for its end; return its exit code, negative: the signal that ended it."""
         return await self._process.wait()
+
+    async def save_and_end(self) -> None:
+        """Tell it to save, and give it `STOP_SECONDS`; whoever is impatient and cancels this again has to wait, too."""
+        self.stop()
+        end = asyncio.ensure_future(asyncio.wait_for(self._process.wait(), STOP_SECONDS))
+        while not end.done():
+            with contextlib.suppress(asyncio.CancelledError, TimeoutError):
+                await asyncio.shield(end)
 
     async def kill(self) -> None:
         """End it now."""

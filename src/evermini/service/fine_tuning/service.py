@@ -163,7 +163,7 @@ class FineTuning:
                     "warn",
                 )
             )
-        await self._database.run(self._store.add, tuning, events, time.time())
+        await self._database.run(self._store.add, tuning, events)
         return tuning
 
     async def get(self, tuning_id: str) -> StoredTuning:
@@ -210,7 +210,7 @@ class FineTuning:
             InvalidRequestError: It has ended.
         """
         event = new_event("The job was resumed")
-        found = await self._database.run(self._store.resume, tuning_id, event, time.time())
+        found = await self._database.run(self._store.resume, tuning_id, event)
         return self._steered(found, tuning_id, "resume", ("validating_files", "queued", "running"))
 
     async def events(self, tuning_id: str, cursor: Cursor) -> Page[Event] | None:

@@ -23,7 +23,7 @@ from evermini.errors import NotFoundError
 from evermini.service.adapters import AdapterStore
 from evermini.service.files import FileService, random_token
 from evermini.service.fine_tuning.metrics import TuningGauges
-from evermini.service.fine_tuning.process import STOP_SECONDS, TuningProcess
+from evermini.service.fine_tuning.process import TuningProcess
 from evermini.service.fine_tuning.service import model_name, new_event, shown_hyperparameters
 from evermini.service.fine_tuning.spec import (
     ADAPTERS,
@@ -138,7 +138,7 @@ class TuningWorker:
             f"tokens, {data['num_learnt_tokens']} of them learnt",
             data=data,
         )
-        await self._database.run(self._store.checked, job, body, spec, event, time.time())
+        await self._database.run(self._store.checked, job, body, spec, event)
 
     async def _invalid(self, job: Job, tuning: StoredTuning, report: dict[str, Any]) -> None:
         errors, param = report["errors"], report["param"]
@@ -177,11 +177,8 @@ class TuningWorker:
                 try:
                     await self._follow(attempt, process, folder)
                     code = await process.wait()
-                except asyncio.CancelledError:
-                    process.stop()  # the server ends, or the job was cancelled
-                    await asyncio.wait(
-                        [asyncio.ensure_future(process.wait())], timeout=STOP_SECONDS
-                    )
+                except asyncio.CancelledError:  # the server ends, or the lease is lost
+                    await process.save_and_end()
                     raise
                 finally:
                     await process.kill()
