@@ -142,6 +142,6 @@ def test_every_route_says_what_it_answers() -> None:
             for media, content in operation["responses"]["200"]["content"].items():
                 assert media != "application/json" or content["schema"] or path in FREE, path
             has_body = method == "post" and not path.endswith(
-                ("/cancel", "/compact", "moderations")
+                ("/cancel", "/compact", "/pause", "/resume", "moderations")
             )
             assert has_body == ("requestBody" in operation), path
