@@ -243,6 +243,12 @@ class Settings:
         shown="none",
         metavar="ORIGINS",
     )
+    allow_remote_images: bool = _setting(
+        False,
+        "Fetch images and files from the addresses that requests name; never from private, loopback or link-local "
+        "ones.",
+        group="Server",
+    )
     database_url: str | None = _setting(
         None,
         "Database of stored answers: `postgresql://USER:PASSWORD@HOST/NAME`, or `sqlite:////PATH`. Several servers may "

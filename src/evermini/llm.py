@@ -221,7 +221,7 @@ class LLM:
             self._portal = stack.enter_context(start_blocking_portal())
             self._served = load(name, settings, progress=progress)
             stack.callback(self._served.close, timeout=0.0)
-            self._documents = Documents()
+            self._documents = Documents.open(settings, None)
             stack.callback(self._documents.close)
             self._stack = stack.pop_all()
 

@@ -133,7 +133,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     if settings.conformance_fixtures:
         middleware.append(Middleware(ConformanceFixtures, database=database))
     stored = FileService(database, blobs)
-    documents = Documents(stored)
+    documents = Documents.open(settings, stored)
     jobs = JobRunner(database)
     service = Responses(runtime, database, documents, jobs)
 

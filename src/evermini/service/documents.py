@@ -20,9 +20,11 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from evermini import vision
+from evermini.config import Settings
 from evermini.documents import Document, PageReader, kind_of, read_document
 from evermini.errors import (
     EngineStoppedError,
@@ -32,6 +34,7 @@ from evermini.errors import (
     UnsupportedParameterError,
 )
 from evermini.service.attachments import Detail, FileSource, ImageSource, Perceived
+from evermini.service.fetch import Fetcher
 from evermini.service.file_requests import base_name
 from evermini.service.files import FileService
 from evermini.service.messages import ContentPart
@@ -85,6 +88,22 @@ class Documents:
         self._pool = ThreadPoolExecutor(2, "evermini-documents")
         self._closed = threading.Event()
         self._known: OrderedDict[str, Document] = OrderedDict()
+
+    @classmethod
+    def open(cls, settings: Settings, files: FileService | None) -> Self:
+        """Return what reads attachments as the settings have it.
+
+        Args:
+            settings: Folders, threads, and whether other servers may be asked.
+            files: Where uploaded files are.
+        """
+        perception = None
+        if vision.is_installed():
+            perception = vision.Perception(
+                settings.home, threads=settings.threads or 0, weights_dir=settings.weights_dir
+            )
+        fetch = Fetcher() if settings.allow_remote_images else None
+        return cls(files, perception=perception, fetch=fetch)
 
     def close(self) -> None:
         """End what runs after the page in work."""
