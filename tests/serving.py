@@ -17,6 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from evermini.api.app import create_app
+from evermini.api.connections import server_config
 from evermini.config import Settings
 from evermini.service.model_info import ModelInfo
 from evermini.service.runtime import Runtime, ServedModel, start_worker
@@ -50,8 +51,8 @@ def serve_app(
 ) -> Iterator[str]:
     """Serve any application and yield its root URL."""
     with socket.create_server(("127.0.0.1", port)) as listener:
-        config = uvicorn.Config(
-            app, log_level="warning", ws="none", lifespan=lifespan, timeout_graceful_shutdown=2
+        config = server_config(
+            app, log_level="warning", lifespan=lifespan, timeout_graceful_shutdown=2
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -64,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
 ONLY_IN: dict[str, set[str]] = {
     "fastapi": {"api"},
     "starlette": {"api"},
-    "uvicorn": {"cli"},
+    "uvicorn": {"api", "cli"},
     "typer": {"cli"},
     "rich": {"cli"},
     "tokenizers": {"text", "tuning"},  # tuning: a stand-in that trl asks for

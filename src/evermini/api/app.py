@@ -34,6 +34,7 @@ from evermini.api import (
     stored_chats,
     usage,
 )
+from evermini.api.body import Bodies
 from evermini.api.conformance import ConformanceFixtures
 from evermini.api.middleware import (
     EXPOSED_HEADERS,
@@ -156,6 +157,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     )
     app.state.runtime = runtime
     app.state.settings = settings
+    app.state.bodies = Bodies(settings.max_request_bytes)
     app.state.database = database
     app.state.files = stored
     app.state.uploads = UploadService(database, stored)

@@ -23,7 +23,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evermini.api.errors import error_response
-from evermini.errors import EngineStoppedError, EverminiError, RequestTooLargeError
+from evermini.errors import (
+    AuthenticationError,
+    EngineStoppedError,
+    EverminiError,
+    RequestTooLargeError,
+)
 from evermini.service.access import Access
 from evermini.service.caller import Caller, current_caller
 from evermini.service.metrics import Metrics
@@ -162,7 +167,7 @@ class Authentication:
             caller = replace(internal, request_id=request_id)
         else:
             try:
-                key = await self._access.identify(Headers(scope=scope).get("authorization", ""))
+                key = await self._access.identify(_authorization(Headers(scope=scope)))
                 self._access.check_scope(key, scope["path"])
                 if scope["method"] == "POST":
                     await self._access.admit(key)
@@ -189,6 +194,14 @@ class Authentication:
             await self._app(scope, receive, send_with_limits)
         finally:
             current_caller.reset(token)
+
+
+def _authorization(headers: Headers) -> str:
+    """Return the one Authorization header; of two, a proxy in front may have checked the other one."""
+    given = headers.getlist("authorization")
+    if len(given) > 1:
+        raise AuthenticationError("There are several Authorization headers. Send one.")
+    return given[0] if given else ""
 
 
 class BodyLimit:

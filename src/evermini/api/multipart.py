@@ -16,6 +16,11 @@ WRITE_BYTES = 1 << 20
 MAX_FIELD_BYTES = 64 * 1024
 """What fields other than the file may have together, headers included."""
 
+MAX_BOUNDARY = 70
+"""Longest boundary that RFC 2046 allows."""
+MAX_PARTS = 64
+"""Fields and files of a form."""
+
 Sink = Callable[[bytes], Awaitable[None]]
 """Takes the next bytes of the file."""
 
@@ -48,11 +53,16 @@ async def read_form(request: Request, file_field: str, sink: Sink) -> Form:
     """
     declared = request.headers.get("content-type", "")
     kind, options = parse_options_header(declared)
-    boundary = options.get(b"boundary")
-    if kind != b"multipart/form-data" or not boundary:
+    boundary = options.get(b"boundary", b"")
+    if kind != b"multipart/form-data" or not 1 <= len(boundary) <= MAX_BOUNDARY:
         raise UnsupportedMediaTypeError(
             f"Unsupported content type: '{declared[:100]}'. This endpoint only accepts 'multipart/form-data' requests "
-            "with a boundary.",
+            f"with a boundary of 1 to {MAX_BOUNDARY} characters.",
+            code="unsupported_content_type",
+        )
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedMediaTypeError(
+            "This endpoint takes forms without content encoding. Send the form as it is.",
             code="unsupported_content_type",
         )
     _refuse_foreign_pages(request)
@@ -109,10 +119,11 @@ class _FormReader:
         self._is_file = False
         self._is_complete = False
         self._num_small = 0
+        self._num_parts = 0
         self._parser = MultipartParser(
             boundary,
             {
-                "on_part_begin": self._headers.clear,
+                "on_part_begin": self._on_part_begin,
                 "on_header_field": self._on_header_field,
                 "on_header_value": self._on_header_value,
                 "on_header_end": self._on_header_end,
@@ -140,6 +151,14 @@ class _FormReader:
         taken = bytes(self.pending)
         self.pending.clear()
         return taken
+
+    def _on_part_begin(self) -> None:
+        self._headers.clear()
+        self._num_parts += 1
+        if self._num_parts > MAX_PARTS:
+            raise InvalidRequestError(
+                f"The form has more than {MAX_PARTS} fields. Send only those of this endpoint."
+            )
 
     def _on_header_field(self, data: bytes, start: int, end: int) -> None:
         self._count(end - start)

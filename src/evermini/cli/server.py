@@ -13,6 +13,7 @@ import uvicorn
 
 from evermini import __version__
 from evermini.api.app import create_app, drain
+from evermini.api.connections import server_config
 from evermini.config import Settings
 from evermini.service.runtime import Runtime
 from evermini.service.upstream.model import UpstreamModel
@@ -27,12 +28,11 @@ def run_server(
 ) -> None:
     """Serve until SIGINT or SIGTERM, then let running requests finish."""
     app = create_app(runtime, database, settings)
-    config = uvicorn.Config(
+    config = server_config(
         app,
         lifespan="on",  # a start that fails must not go on in silence
         log_config=None,
         access_log=False,
-        server_header=False,
         timeout_graceful_shutdown=settings.drain_timeout + LAST_WORDS_SECONDS,
     )
     with _signals_are_handled():

@@ -13,11 +13,13 @@ from evermini.service.validation import WireModel
 
 MAX_UPLOAD_BYTES = 8 * 1024**3
 """Longest file that comes in parts."""
+MAX_NAME = 1024
+"""Longest name of a file, in characters."""
 BATCH_SECONDS = 30 * 86_400
 """How long a batch's input lives if nobody says otherwise."""
 
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
-Filename = Annotated[str, Field(min_length=1, max_length=1024)]
+Filename = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 
 
 class ExpiresAfter(WireModel):
@@ -95,11 +97,17 @@ def base_name(filename: str) -> str:
 
 
 def check_name(filename: str, purpose: str) -> None:
-    """Refuse files whose name says that they are not what their purpose needs.
+    """Refuse names that are too long, and those that say that the file is not what its purpose needs.
 
     Raises:
-        InvalidRequestError: A purpose that needs JSON Lines, and another ending.
+        InvalidRequestError: It has more than `MAX_NAME` characters, or the purpose needs JSON Lines and it another
+            ending.
     """
+    if len(filename) > MAX_NAME:
+        raise InvalidRequestError(
+            f"The file's name has {len(filename)} characters; {MAX_NAME} are allowed. Shorten it.",
+            param="file",
+        )
     if purpose in ("batch", "fine-tune") and not filename.lower().endswith(".jsonl"):
         raise InvalidRequestError(
             f"Invalid file format for purpose '{purpose}': '{filename[:200]}'. Send a JSON Lines file whose name ends "

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from pydantic_core import from_json
+from evermini.service.decoding import JsonError, decode_json
 
 MAX_LINES = 50_000
 MAX_ERRORS = 100
@@ -60,7 +60,7 @@ def read_input(file: IO[bytes], endpoint: str) -> Input:
     ids: dict[str, int] = {}
     models: set[str] = set()
     at = 0
-    for shown, raw in enumerate(iter(file.readline, b""), start=1):
+    for shown, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
         start, at = at, at + len(raw)
         if not raw.strip():
             continue
@@ -88,8 +88,8 @@ def read_input(file: IO[bytes], endpoint: str) -> Input:
             model = request["body"].get("model")
             models |= {model} if isinstance(model, str) else set()
             lines.append(Line(len(lines), start, at, custom_id, _prefix(request["body"])))
-        if len(errors) == MAX_ERRORS:
-            break
+        if len(errors) == MAX_ERRORS or len(raw) > MAX_LINE_BYTES:
+            break  # there may be no end to a line that is too long
     if not lines and not errors:
         errors.append(
             _error("empty_file", "The input file is empty. Send at least one request.", None)
@@ -100,7 +100,8 @@ def read_input(file: IO[bytes], endpoint: str) -> Input:
 def read_body(file: IO[bytes], line: Line) -> bytes:
     """Return the body of a request that `read_input` has checked, as JSON."""
     file.seek(line.start)
-    return json.dumps(from_json(file.read(line.end - line.start))["body"]).encode()
+    request: Any = decode_json(file.read(line.end - line.start))
+    return json.dumps(request["body"]).encode()
 
 
 def in_order(lines: list[Line]) -> Iterator[Line]:
@@ -121,10 +122,10 @@ def _request(raw: bytes, endpoint: str) -> dict[str, Any]:
     if len(raw) > MAX_LINE_BYTES:
         raise _LineError("line_too_long", f"This line has more than {MAX_LINE_BYTES} bytes.")
     try:
-        request = from_json(raw, allow_inf_nan=False)
-    except ValueError as error:
+        request = decode_json(raw)
+    except JsonError as error:
         raise _LineError(
-            "invalid_json_line", f"This line is not parseable as valid JSON: {error}."
+            "invalid_json_line", f"This line is not parseable as valid JSON: {error.message}."
         ) from None
     if not isinstance(request, dict):
         raise _LineError("invalid_json_line", "This line is no JSON object.")
