@@ -22,11 +22,52 @@ def _program(name: str) -> str:
     return found
 
 
+class Postgres:
+    """A server that listens on a socket in a folder of its own; it may be stopped and started again."""
+
+    def __init__(self, folder: Path, as_user: dict[str, str]) -> None:
+        self.url = f"postgresql://evermini@/postgres?host={folder}"
+        self._folder, self._as_user = folder, as_user
+        self._control = _program("pg_ctl")
+        data = str(folder / "data")
+        self._run(
+            _program("initdb"),
+            "-D",
+            data,
+            "-U",
+            "evermini",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--no-sync",
+        )
+
+    def start(self) -> None:
+        options = f"-k {self._folder} -c listen_addresses='' -c fsync=off"
+        log = str(self._folder / "log")
+        self._run(self._control, "-D", "data", "-o", options, "-l", log, "-w", "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        self._run(self._control, "-D", "data", "-m", mode, "stop")
+
+    def _run(self, *command: str) -> None:
+        done = subprocess.run(
+            command,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            **self._as_user,  # type: ignore[call-overload]
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 @contextmanager
-def postgres_server() -> Iterator[str]:
-    """Start a server that listens on a socket in a folder of its own, and yield its URL."""
+def postgres() -> Iterator[Postgres]:
+    """Start a server."""
     pytest.importorskip("psycopg", reason="psycopg is not installed (extra `postgres`)")
-    initdb, control = _program("initdb"), _program("pg_ctl")
+    _program("initdb")
     as_user: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="evermini-pg-") as name:
         folder = Path(name)
@@ -37,18 +78,16 @@ def postgres_server() -> Iterator[str]:
                 pytest.skip("no user postgres to run PostgreSQL as, and this is root")
             os.chown(folder, owner.pw_uid, owner.pw_gid)
             as_user = {"user": "postgres", "group": "postgres"}
-
-        def run(*command: str) -> None:
-            done = subprocess.run(
-                command, cwd=folder, capture_output=True, text=True, check=False, **as_user
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-
-        data = str(folder / "data")
-        run(initdb, "-D", data, "-U", "evermini", "-A", "trust", "-E", "UTF8", "--no-sync")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        run(control, "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "start")
+        server = Postgres(folder, as_user)
+        server.start()
         try:
-            yield f"postgresql://evermini@/postgres?host={folder}"
+            yield server
         finally:
-            run(control, "-D", data, "-m", "immediate", "stop")
+            server.stop()
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """Start a server and yield its URL."""
+    with postgres() as server:
+        yield server.url

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 import random
 import subprocess
+import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 
-from evermini.documents import Limits, Skipped, collect, read_document
+from evermini.documents import Limits, Skipped, collect, pdf, read_document
 from evermini.documents.sizes import largest_folders
 from evermini.documents.walk import walk
 from evermini.errors import DocumentError, InvalidRequestError
@@ -239,3 +244,37 @@ def test_ignore_files_mean_what_git_says(seed, tmp_path):
         name for name in told.stdout.split("\0") if name and not name.endswith(".gitignore")
     }
     assert {found.path.relative_to(repo).as_posix() for found in walk(repo)} == expected
+
+
+class TestBombs:
+    def test_archives_are_not_opened(self):
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("bomb.txt", b"a" * 10_000_000)
+        for data in (packed.getvalue(), gzip.compress(b"a" * 10_000_000)):
+            with pytest.raises(DocumentError, match=r"binary file|not UTF-8|archive"):
+                read_document(data, "bomb")
+
+    @pytest.mark.parametrize("limit", ["MAX_SECONDS", "MAX_MEMORY", "MAX_CHARACTERS"])
+    def test_a_pdf_that_grows_without_end(self, monkeypatch, limit):
+        value = {"MAX_SECONDS": 1, "MAX_MEMORY": 250_000_000, "MAX_CHARACTERS": 10_000}[limit]
+        monkeypatch.setattr(pdf, limit, value)
+        raw = b"BT /F1 8 Tf " + b"(aaaaaaaaaaaaaaaaaaaaaaaa) Tj 0 0 Td " * 3_000_000 + b"ET"
+        packed = zlib.compress(zlib.compress(raw, 9), 9)
+        if limit == "MAX_CHARACTERS":
+            bomb = make_pdf(["a" * 60] * 300)
+        else:
+            bomb = make_pdf(["MARK"])
+            start, end = bomb.index(b"<< /Length 4"), bomb.index(b"endstream")
+            head = b"<< /Filter [/FlateDecode /FlateDecode] /Length %d >>\nstream\n" % len(packed)
+            bomb = bomb[:start] + head + packed + b"\n" + bomb[end:]
+        assert len(bomb) < 100_000
+        began = time.monotonic()
+        with pytest.raises(DocumentError) as refused:
+            read_document(bomb, "bomb.pdf")
+        assert refused.value.reason in (
+            "PDF too costly to read",
+            "PDF with too much text",
+            "damaged PDF",
+        )
+        assert time.monotonic() - began < 60

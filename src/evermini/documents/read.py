@@ -7,14 +7,14 @@ says so, and a file without any text is an error.
 from __future__ import annotations
 
 import codecs
-import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from evermini.documents.html import read_html
 from evermini.documents.office import read_docx, read_pptx
+from evermini.documents.pdf import pdf_image, pdf_pages
 from evermini.documents.sniff import kind_of
 from evermini.errors import DocumentError
 
@@ -27,8 +27,6 @@ _SCAN_CHARS = 64
 _SCAN_DPI = 150
 _SCAN_PIXELS = 2200
 """Longest side of a page as an image: that of a sheet of A4 at 188 dots per inch."""
-_pdfium = threading.Lock()
-"""PDFium may be used by one thread at a time, whatever the document."""
 
 
 @dataclass(frozen=True)
@@ -118,74 +116,17 @@ def _of_pages(name: str, pages: Sequence[str], reason: str) -> Document:
 
 
 def _read_pdf(data: bytes, name: str, read_page: PageReader | None) -> Document:
-    pages = list(_pdf_pages(data, name))
+    pages = [_clean(text) for text in pdf_pages(data, name)]
     if read_page is not None:
         for index, text in enumerate(pages):
             if sum(map(str.isalnum, text)) < _SCAN_CHARS:
-                seen = _clean(read_page(_render(data, index, name), index + 1))
+                seen = _clean(
+                    read_page(
+                        pdf_image(data, name, index, dpi=_SCAN_DPI, side=_SCAN_PIXELS), index + 1
+                    )
+                )
                 pages[index] = max(text, seen, key=len)
     return _of_pages(name, pages, "PDF without text")
-
-
-def _pdf_pages(data: bytes, name: str) -> Iterator[str]:
-    with _pdfium:
-        pdf = _open_pdf(data, name)
-        try:
-            for index in range(len(pdf)):
-                yield _clean(_page_text(pdf, index, name))
-        finally:
-            pdf.close()
-
-
-def _open_pdf(data: bytes, name: str) -> Any:
-    import pypdfium2
-
-    try:
-        return pypdfium2.PdfDocument(data)
-    except pypdfium2.PdfiumError as error:
-        if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD:
-            raise DocumentError(
-                f"{name} is a PDF locked with a password. Save it without one first.",
-                reason="locked PDF",
-            ) from error
-        raise DocumentError(
-            f"{name} is a damaged PDF ({error}). Repair it, or print it to a new one.",
-            reason="damaged PDF",
-        ) from error
-
-
-def _render(data: bytes, index: int, name: str) -> Any:
-    """Return a page as an image, within bounds whatever size it says it has."""
-    with _pdfium:
-        pdf = _open_pdf(data, name)
-        try:
-            page = pdf[index]
-            longest = max(1.0, *page.get_size())  # in points of 1/72 inch
-            bitmap = page.render(scale=min(_SCAN_DPI / 72, _SCAN_PIXELS / longest))
-            image = bitmap.to_pil().convert("RGB")
-            bitmap.close()
-            page.close()
-            return image
-        finally:
-            pdf.close()
-
-
-def _page_text(pdf: Any, index: int, name: str) -> str:
-    import pypdfium2
-
-    try:
-        page = pdf[index]
-        textpage = page.get_textpage()
-    except pypdfium2.PdfiumError as error:
-        raise DocumentError(
-            f"{name} is a damaged PDF (page {index + 1}: {error}). Repair it, or print it to a new one.",
-            reason="damaged PDF",
-        ) from error
-    try:
-        return str(textpage.get_text_bounded())
-    finally:
-        textpage.close()
-        page.close()
 
 
 def _clean(text: str) -> str:

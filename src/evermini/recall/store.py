@@ -16,12 +16,13 @@ and written again. Readers need no lock; a file that is evicted stays readable t
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from evermini.errors import RecallDiskError
+from evermini.errors import InsufficientStorageError, RecallDiskError, StorageError
 from evermini.recall.calibration import Calibration
 from evermini.recall.passages import block_starts, passage_starts
 from evermini.recall.scan import quantize_keys
@@ -147,21 +148,25 @@ class IndexedSegment:
         Args:
             chunk: At most `chunks_done`; an earlier one is replaced (repair).
             keys: (num_pairs, n, head_dim) float32, as computed.
+
+        Raises:
+            StorageError: It cannot be written.
         """
         assert chunk <= self.chunks_done()
         quantized, scales = quantize_keys(keys - self._calibration.mean_keys[:, None])
         parts = [part for q, s in zip(quantized, scales, strict=True) for part in (q, s)]
         body = b"".join(part.contiguous().numpy().tobytes() for part in parts)
         header = _RECORD.pack(_RECORD_MAGIC, chunk, keys.shape[1], zlib.crc32(body))
-        descriptor = os.open(self._keys_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            replacing = chunk < self.chunks_done()
-            if not replacing:
-                os.ftruncate(descriptor, self._offset(chunk))
-            _write_all(descriptor, header + body, self._offset(chunk))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        replacing = chunk < self.chunks_done()
+        with _translated():
+            descriptor = os.open(self._keys_path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                if not replacing:
+                    os.ftruncate(descriptor, self._offset(chunk))
+                _write_all(descriptor, header + body, self._offset(chunk))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         if not replacing:
             self._chunks.clear()
 
@@ -244,8 +249,13 @@ class SegmentStore:
         return segment
 
     def create(self, segment: Segment, ids: Ids, char_starts: Ids) -> IndexedSegment:
-        """Write a segment's tokens and words; its keys follow with `IndexedSegment.write_chunk`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a segment's tokens and words; its keys follow with `IndexedSegment.write_chunk`.
+
+        Raises:
+            StorageError: They cannot be written.
+        """
+        with _translated():
+            self.folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.folder / _CALIBRATION, self.calibration.to_json().encode())
         path = self.folder / f"{segment.digest}.tokens"
         preview = _describe(segment).encode("utf-8", "replace")
@@ -413,6 +423,20 @@ def _describe(segment: Segment) -> str:
     return f"{name}:{segment.first_line}\n{preview}" if segment.first_char else f"{name}\n{preview}"
 
 
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn the system's errors of writing into ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InsufficientStorageError(
+                "The server's disk is full, so this long text cannot be indexed. Its operator has to make room; then "
+                "send the request again."
+            ) from error
+        raise StorageError(f"The index of long texts cannot be written: {error}") from error
+
+
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while view:
@@ -422,8 +446,14 @@ def _write_all(descriptor: int, data: bytes, offset: int) -> None:
 
 def _write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _translated():
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise

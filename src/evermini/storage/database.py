@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Self, TypeVar
 
-from sqlalchemy import URL, Engine, create_engine, event, func, make_url, select
+from sqlalchemy import URL, Engine, create_engine, event, func, make_url, select, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -106,13 +106,17 @@ class Database:
             raise
 
     def ping(self) -> None:
-        """Ask the database something.
+        """Write something to the disk that changes nothing: a full one, or one that is locked, still lets read.
 
         Raises:
-            StorageError: It does not answer.
+            StorageError: It cannot be written.
         """
-        with self.reading() as session:
-            session.execute(select(1))
+        with self.writing() as session:
+            if self.url.drivername == "sqlite":
+                version = session.execute(text("PRAGMA user_version")).scalar_one()
+                session.execute(text(f"PRAGMA user_version = {int(version)}"))
+            else:
+                session.execute(select(func.pg_current_xact_id()))
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return ``work(...)``, done in one of the database's threads. Cancelled, it is done nevertheless."""
