@@ -8,6 +8,7 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
     │   ├── InvalidRequestError         400 invalid_request_error
     │   │   ├── UnsupportedParameterError   400 code unsupported_parameter
     │   │   ├── ContextLengthError      400 code context_length_exceeded
+    │   │   ├── GrammarLimitError       400 code grammar_limit_exceeded: known only while the answer is written
     │   │   └── DocumentError           400: a file that is no text that can be read
     │   ├── AuthenticationError         401 code invalid_api_key
     │   ├── PermissionDeniedError       403
@@ -91,6 +92,12 @@ class UnsupportedParameterError(InvalidRequestError):
     """A known field of the contract that this server does not act on; refused, never ignored."""
 
     default_code = "unsupported_parameter"
+
+
+class GrammarLimitError(InvalidRequestError):
+    """What an answer must look like cannot be worked out any further, or asks for what the model cannot write."""
+
+    default_code = "grammar_limit_exceeded"
 
 
 class ContextLengthError(InvalidRequestError):

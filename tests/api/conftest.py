@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import openai
 import pytest
 
@@ -59,3 +60,11 @@ def client(base_url: str) -> Iterator[openai.OpenAI]:
 async def async_client(base_url: str) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", **CLIENT_OPTIONS) as client:
         yield client
+
+
+@pytest.fixture
+def httpx_requests(client: openai.OpenAI) -> list[httpx.Request]:
+    """What the client sends from now on."""
+    sent: list[httpx.Request] = []
+    client._client.event_hooks["request"].append(sent.append)
+    return sent

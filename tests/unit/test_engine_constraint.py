@@ -10,7 +10,7 @@ from torch import Tensor
 
 from evermini.engine.engine import Engine
 from evermini.engine.request import Finished, SamplingParams
-from evermini.errors import EngineError
+from evermini.errors import EngineError, GrammarLimitError
 from tests.fakes import TinyModel, drive
 
 END = 5
@@ -77,7 +77,7 @@ class Broken(Steps):
 class BrokenState(StepsState):
     def fill_mask(self, row: Tensor) -> None:
         if self.drawn:
-            raise EngineError("too complex")
+            raise GrammarLimitError("too complex")
         super().fill_mask(row)
 
 
@@ -188,7 +188,7 @@ def test_a_grammar_that_fails_ends_its_request_alone():
     engine.add("fine", [1, 2], params(Steps({9}, {8})))
     engine.add("free", [1, 2], params(None, max_tokens=3))
     outcomes = drive(engine)
-    assert outcomes["broken"].finished == Finished("error", "too complex")
+    assert outcomes["broken"].finished == Finished("grammar", "too complex")
     assert outcomes["fine"].finished == Finished("stop")
     assert outcomes["free"].finished == Finished("length")
 
@@ -198,7 +198,7 @@ def test_a_grammar_that_allows_nothing_is_an_error():
     engine.add("a", [1, 2], params(Steps(set())))
     finished = drive(engine)["a"].finished
     assert finished is not None
-    assert finished.reason == "error"
+    assert finished.reason == "grammar"
     assert "grammar" in finished.message
 
 

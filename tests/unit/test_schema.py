@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from evermini.errors import EngineError
+from evermini.errors import GrammarLimitError
 from evermini.text.grammar import Grammar, GrammarCompiler
 from evermini.text.schema import SchemaError, enforceable
 from evermini.text.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def test_nothing_invalid_is_written(schema, seed):
     grammar = compiled(schema)
     try:
         text = walk(grammar, np.random.default_rng(seed))
-    except EngineError:  # beyond the limits of the grammar's engine
+    except GrammarLimitError:  # beyond the limits of the grammar's engine
         return
     if text is not None:
         assert is_valid(schema, json.loads(text)), text

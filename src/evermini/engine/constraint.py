@@ -22,13 +22,14 @@ class ConstraintState(Protocol):
         grammar may end.
 
         Raises:
-            EngineError: The next tokens cannot be worked out within the grammar's limits.
+            GrammarLimitError: The next tokens cannot be worked out within the grammar's limits.
         """
 
     def advance(self, token_id: int) -> None:
         """Take the token that was drawn; it must be allowed and no end token.
 
         Raises:
+            GrammarLimitError: What follows is beyond the grammar's limits.
             EngineError: The token is not allowed.
         """
 

@@ -35,7 +35,13 @@ from evermini.engine.sampler import Sampler, prompt_logprobs
 from evermini.engine.scheduler import Chunk, Scheduler
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import Drafter
-from evermini.errors import ContextLengthError, EngineError, InvalidRequestError, OverloadedError
+from evermini.errors import (
+    ContextLengthError,
+    EngineError,
+    GrammarLimitError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from evermini.models.batch import BLOCK_SIZE, Adapter, AdapterRows, ForwardBatch, Model
 from evermini.models.lora import LoraWeights
 
@@ -383,6 +389,8 @@ class Engine:
                 if sequence.num_remaining == 0:
                     self._report_prompt(sequence)
                     ended = self._draw(chunk, mine, masks)
+            except GrammarLimitError as error:
+                ended, message = "grammar", error.message
             except EngineError as error:
                 ended, message = "error", error.message
             sequence.chain.extend(sequence.token_ids)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evermini.engine.sampler import Mask
 from evermini.engine.sequence import Sequence
-from evermini.errors import EngineError
+from evermini.errors import GrammarLimitError
 
 MASK_BUCKETS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 """Upper bounds of the histogram of `MaskTimes`, in seconds."""
@@ -43,13 +43,13 @@ class PendingMasks:
         self._filler = filler
         self._rows = rows
         self._work = work
-        self._errors: dict[str, EngineError] = {}
+        self._errors: dict[str, GrammarLimitError] = {}
 
     def of(self, wanted: Sequence) -> Mask | None:
         """Return the mask of ``wanted``, waiting for it; ``None`` if it has no grammar.
 
         Raises:
-            EngineError: The grammar is beyond its limits here.
+            GrammarLimitError: The grammar is beyond its limits here.
         """
         if wanted.constraint is None:
             return None
@@ -81,7 +81,7 @@ class PendingMasks:
 
 @dataclass(frozen=True)
 class _Filled:
-    errors: dict[str, EngineError]
+    errors: dict[str, GrammarLimitError]
     seconds: float
 
 
@@ -112,7 +112,7 @@ class MaskFiller:
         """Return how long masks took so far."""
         return MaskTimes(tuple(self._counts), self._seconds, self._waited_seconds)
 
-    def _collect(self, work: Future[_Filled]) -> dict[str, EngineError]:
+    def _collect(self, work: Future[_Filled]) -> dict[str, GrammarLimitError]:
         began = time.perf_counter()
         filled = work.result()
         self._note(filled.seconds, waited=time.perf_counter() - began)
@@ -131,6 +131,6 @@ def _fill(constrained: abc.Sequence[Sequence], rows: dict[str, Tensor]) -> _Fill
         assert one.constraint is not None
         try:
             one.constraint.fill_mask(rows[one.request_id])
-        except EngineError as error:  # ends this request; its batch mates go on
+        except GrammarLimitError as error:  # ends this request; its batch mates go on
             errors[one.request_id] = error
     return _Filled(errors, time.perf_counter() - began)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from evermini.engine.constraint import Constraint
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "grammar"]
 
 
 INTERACTIVE = 0
@@ -92,7 +92,7 @@ class PromptDone:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event of every request; ``message`` explains an ``error``."""
+    """The last event of every request; ``message`` explains an ``error``, or what is wrong with its ``grammar``."""
 
     reason: FinishReason
     message: str = ""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from evermini.engine.request import SamplingParams, TokenLogprob, TokenOutput
-from evermini.errors import EngineError
+from evermini.errors import EngineError, GrammarLimitError
 
 Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.intp]
@@ -57,14 +57,15 @@ class Sampler:
             mask: Bits of the allowed tokens, as `ConstraintState.fill_mask` writes them; ``None``: all.
 
         Raises:
-            EngineError: The logits have no finite maximum, or no token is allowed.
+            EngineError: The logits have no finite maximum.
+            GrammarLimitError: No token is allowed.
         """
         params = self._params
         adjusted = self._adjust(logits, mask)
         best = int(adjusted.argmax())
         if mask is not None and adjusted[best] == -np.inf:
             _require_finite(logits.max())
-            raise EngineError(
+            raise GrammarLimitError(
                 "No token of this model can go on where the requested grammar stands. Change the grammar: it asks for "
                 "characters that the model cannot write."
             )

@@ -22,7 +22,7 @@ from evermini.engine.request import (
     TokenOutput,
 )
 from evermini.engine.worker import EngineWorker, Submission
-from evermini.errors import EngineError, EngineStoppedError, OverloadedError
+from evermini.errors import EngineError, EngineStoppedError, GrammarLimitError, OverloadedError
 from evermini.service.caller import current_caller
 from evermini.service.decode import ChoiceDecoder, Piece, ScoredToken
 from evermini.service.metrics import RequestTimer
@@ -136,6 +136,7 @@ class Generation:
 
         Raises:
             EngineError: The engine failed or stopped before the last choice ended.
+            GrammarLimitError: A choice's grammar cannot be followed any further.
         """
         try:
             while self._open:
@@ -147,7 +148,7 @@ class Generation:
                     self._timer.choice_ended(news.finish_reason)
                 yield news
             self._timer.completed()
-        except EngineError:
+        except (EngineError, GrammarLimitError):
             self._end_open("error")
             raise
         finally:
@@ -238,6 +239,8 @@ class Generation:
                     return
                 case Finished(reason="error"):
                     raise EngineError(event.message)
+                case Finished(reason="grammar"):
+                    raise GrammarLimitError(event.message)
                 case Finished():
                     raise EngineStoppedError(
                         "The engine was stopped before this request was complete. Send it again."

@@ -101,7 +101,7 @@ class Asker:
                         self.tokens_written += 1
                     case Finished(reason="stop" | "length" as reason):
                         return Reply(self._served.tokenizer.decode(ids), reason == "length")
-                    case Finished(reason="error"):
+                    case Finished(reason="error" | "grammar"):
                         raise EngineError(event.message)
                     case Finished():
                         break

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from evermini.errors import EngineError, InvalidRequestError
+from evermini.errors import EngineError, GrammarLimitError, InvalidRequestError
 from evermini.text.schema import Schema, SchemaError, enforceable
 from evermini.text.tokenizer import Tokenizer
 
@@ -46,7 +46,13 @@ _STYLE: JsonCompileOptions = {
 _COMPLEMENT_OPTIONS = (64, 8, 1)
 """How many alternatives a complement may have, tried in turn."""
 
-_LIMITS = LLParserLimits(verbose_errors=False)
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=5_000_000,
+    step_lexer_fuel=2_000_000,
+    step_max_items=250_000,
+    verbose_errors=False,
+)
+"""Some 100 ms to compile a grammar's patterns, and 150 ms for a mask, at most; nearly all take less than one."""
 
 
 class GrammarState:
@@ -59,7 +65,7 @@ class GrammarState:
         """Write the allowed tokens' bits into ``row`` (ceil(vocab_size / 32),), int32 on the CPU.
 
         Raises:
-            EngineError: The next tokens cannot be worked out within the limits on time and memory.
+            GrammarLimitError: The next tokens cannot be worked out within the limits on time and memory.
         """
         self._matcher.unsafe_compute_mask_ptr(row.data_ptr(), row.numel() * row.element_size())
         self._check()
@@ -68,6 +74,7 @@ class GrammarState:
         """Take an allowed token.
 
         Raises:
+            GrammarLimitError: What follows is beyond the limits.
             EngineError: It is not allowed.
         """
         self._matcher.consume_token(token_id)
@@ -87,11 +94,16 @@ class GrammarState:
         return self._matcher.is_stopped()
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise EngineError(
-                f"The requested grammar cannot be followed any further ({_first_line(self._matcher.get_error())}). "
-                "Simplify the schema or grammar."
+        if not self._matcher.is_error():
+            return
+        problem = _first_line(self._matcher.get_error())
+        # "too many expressions", "Too many items", "too complex": the reason to stop says InternalError for all.
+        if "too " in problem.lower():
+            raise GrammarLimitError(
+                f"The requested grammar cannot be followed any further ({problem}). Simplify the schema or grammar: "
+                "shorter patterns, fewer alternatives that begin alike."
             )
+        raise EngineError(f"The grammar cannot be followed ({problem}).")
 
 
 class Grammar:
