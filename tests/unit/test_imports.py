@@ -79,6 +79,7 @@ ONLY_IN: dict[str, set[str]] = {
     "httpcore": {"service"},
     "transformers": set(),
     "openai": set(),
+    "opentelemetry": {"service"},
     "matplotlib": {"evals"},
     "bm25s": {"evals"},
     "Stemmer": {"evals"},

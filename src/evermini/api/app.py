@@ -53,6 +53,7 @@ from evermini.service.files import FileService
 from evermini.service.fine_tuning.metrics import TuningGauges
 from evermini.service.fine_tuning.service import FineTuning
 from evermini.service.fine_tuning.worker import TuningWorker
+from evermini.service.ingests import IngestService
 from evermini.service.jobs import JobRunner
 from evermini.service.metering import Meter
 from evermini.service.readiness import Readiness
@@ -137,13 +138,16 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     documents = Documents.open(settings, stored)
     jobs = JobRunner(database)
     service = Responses(runtime, database, documents, jobs)
+    ingests = IngestService(runtime, database, stored, documents, jobs)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         meter.start()
         jobs.start()
+        await ingests.follow_deletions()
         yield
         await jobs.stop(settings.drain_timeout)
+        await ingests.stop()
         await meter.stop()
         documents.close()
 
@@ -162,6 +166,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     app.state.files = stored
     app.state.uploads = UploadService(database, stored)
     app.state.documents = documents
+    app.state.ingests = ingests
     app.state.batches = BatchService(database, app.state.files)
     worker = BatchWorker(
         database, app.state.files, batches.executor(app), num_requests=settings.batch_requests

@@ -28,10 +28,12 @@ from evermini.service.file_requests import (
     parse_upload_create,
 )
 from evermini.service.files import MAX_FILE_BYTES, FileService
+from evermini.service.ingests import IngestService, ingest_object
 from evermini.service.shapes import Deleted, FileAnswer, UploadAnswer, UploadPartAnswer
 from evermini.service.uploads import MAX_PART_BYTES, UploadService
 from evermini.storage.blobs import BlobWriter
 from evermini.storage.files import StoredFile, StoredUpload
+from evermini.storage.ingests import StoredIngest
 
 T = TypeVar("T")
 
@@ -55,6 +57,7 @@ _FILE_FORM = {
         "purpose": {"enum": get_args(Purpose)},
         "expires_after[anchor]": {"const": "created_at"},
         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+        "x_evermini[ingest]": {"type": "string", "minLength": 1, "maxLength": 256},
     },
     "required": ["file", "purpose"],
 }
@@ -71,11 +74,17 @@ async def create_file(request: Request) -> Response:
     """Store a file."""
     files = _service(request)
 
-    async def store(writer: BlobWriter, form: Form) -> StoredFile:
-        wanted = parse_file_create(form.fields)
-        return await files.finish(writer, base_name(form.filename or ""), wanted)
+    ingests = _ingests(request)
 
-    return JsonResponse(file_object(await _receive(request, "file", MAX_FILE_BYTES, store)))
+    async def store(writer: BlobWriter, form: Form) -> tuple[StoredFile, StoredIngest | None]:
+        wanted = parse_file_create(form.fields)
+        model = ingests.check(wanted.ingest, wanted.purpose)
+        file = await files.finish(writer, base_name(form.filename or ""), wanted)
+        return file, await ingests.begin(file.id, model) if model else None
+
+    file, ingest = await _receive(request, "file", MAX_FILE_BYTES, store)
+    await ingests.follow_deletions()  # some may have expired
+    return JsonResponse(file_object(file, ingest))
 
 
 @router.get("/v1/files")
@@ -86,21 +95,25 @@ async def list_files(request: Request) -> Response:
     found = await _service(request).list(cursor, request.query_params.get("purpose") or None)
     if found is None:
         raise no_such_cursor(cursor)
-    return JsonResponse(list_object([file_object(file) for file in found.rows], found.has_more))
+    ingests = await _ingests(request).of([file.id for file in found.rows])
+    objects = [file_object(file, ingests.get(file.id)) for file in found.rows]
+    return JsonResponse(list_object(objects, found.has_more))
 
 
 @router.get("/v1/files/{file_id}")
 @described(answer=FileAnswer)
 async def retrieve_file(request: Request, file_id: str) -> Response:
     """Return what is known of a file."""
-    return JsonResponse(file_object(await _service(request).get(file_id)))
+    file = await _service(request).get(file_id)
+    return JsonResponse(file_object(file, (await _ingests(request).of([file.id])).get(file.id)))
 
 
 @router.delete("/v1/files/{file_id}")
 @described(answer=Deleted)
 async def delete_file(request: Request, file_id: str) -> Response:
-    """Delete a file."""
+    """Delete a file, and what was made of it."""
     await _service(request).delete(file_id)
+    await _ingests(request).follow_deletions()
     return JsonResponse({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -161,8 +174,11 @@ async def create_upload_part(request: Request, upload_id: str) -> Response:
 async def complete_upload(request: Request, upload_id: str) -> Response:
     """Make a file of an upload's parts."""
     wanted = await read_request(request, parse_upload_complete)
-    upload, file = await _uploads(request).complete(upload_id, wanted)
-    return JsonResponse(upload_object(upload, file))
+    uploads, ingests = _uploads(request), _ingests(request)
+    model = ingests.check(wanted.ingest, (await uploads.pending(upload_id)).purpose)
+    upload, file = await uploads.complete(upload_id, wanted)
+    ingest = await ingests.begin(file.id, model) if model else None
+    return JsonResponse(upload_object(upload, file, ingest))
 
 
 @router.post("/v1/uploads/{upload_id}/cancel")
@@ -172,8 +188,9 @@ async def cancel_upload(request: Request, upload_id: str) -> Response:
     return JsonResponse(upload_object(await _uploads(request).cancel(upload_id), None))
 
 
-def file_object(file: StoredFile) -> dict[str, Any]:
-    """Return the contract's file object."""
+def file_object(file: StoredFile, ingest: StoredIngest | None = None) -> dict[str, Any]:
+    """Return the contract's file object, with how far its ingest is, if it has one."""
+    extensions = {"x_evermini": {"ingest": ingest_object(ingest)}} if ingest else {}
     return {
         "id": file.id,
         "object": "file",
@@ -184,10 +201,13 @@ def file_object(file: StoredFile) -> dict[str, Any]:
         "purpose": file.purpose,
         "status": "processed",
         "status_details": None,
+        **extensions,
     }
 
 
-def upload_object(upload: StoredUpload, file: StoredFile | None) -> dict[str, Any]:
+def upload_object(
+    upload: StoredUpload, file: StoredFile | None, ingest: StoredIngest | None = None
+) -> dict[str, Any]:
     """Return the contract's upload object."""
     return {
         "id": upload.id,
@@ -198,12 +218,17 @@ def upload_object(upload: StoredUpload, file: StoredFile | None) -> dict[str, An
         "purpose": upload.purpose,
         "status": upload.status,
         "expires_at": upload.expires_at,
-        "file": None if file is None else file_object(file),
+        "file": None if file is None else file_object(file, ingest),
     }
 
 
 def _service(request: Request) -> FileService:
     service: FileService = request.app.state.files
+    return service
+
+
+def _ingests(request: Request) -> IngestService:
+    service: IngestService = request.app.state.ingests
     return service
 
 

@@ -13,8 +13,8 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
 import structlog
@@ -29,6 +29,7 @@ from evermini.errors import (
     EverminiError,
     RequestTooLargeError,
 )
+from evermini.service import tracing
 from evermini.service.access import Access
 from evermini.service.caller import Caller, current_caller
 from evermini.service.metrics import Metrics
@@ -88,18 +89,18 @@ class RequestContext:
                 headers["openai-version"] = OPENAI_VERSION
             await send(message)
 
-        structlog.contextvars.bind_contextvars(request_id=request_id)
-        try:
-            await self._app(scope, receive, send_with_headers)
-        except ClientDisconnect:
-            pass
-        except Exception as error:
-            if status:  # the head is out: all that is left is to cut the connection
-                raise
-            await error_response(error)(scope, receive, send_with_headers)
-        finally:
-            self._note(scope, status, arrived)
-            structlog.contextvars.unbind_contextvars("request_id")
+        with _traced(scope) as note, structlog.contextvars.bound_contextvars(**_ids(request_id)):
+            try:
+                await self._app(scope, receive, send_with_headers)
+            except ClientDisconnect:
+                pass
+            except Exception as error:
+                if status:  # the head is out: all that is left is to cut the connection
+                    raise
+                await error_response(error)(scope, receive, send_with_headers)
+            finally:
+                note(getattr(scope.get("route"), "path", None), status or 499, request_id)
+                self._note(scope, status, arrived)
 
     def _note(self, scope: Scope, status: int, arrived: float) -> None:
         # A route's pattern, not the path, or every misspelt URL would become a time series.
@@ -117,6 +118,19 @@ class RequestContext:
             **({"key": key_id} if (key_id := scope["state"].get("key_id")) else {}),
             **({"client_request_id": client_id[:512]} if client_id else {}),
         )
+
+
+def _traced(scope: Scope) -> AbstractContextManager[Callable[[str | None, int, str], None]]:
+    """Trace a request, unless a probe sends it."""
+    if scope["path"] in PROBES:
+        return nullcontext(lambda route, status, request_id: None)
+    return tracing.request_span(scope["method"], scope["path"], Headers(scope=scope))
+
+
+def _ids(request_id: str) -> dict[str, str]:
+    """Return what every log line of a request carries."""
+    trace_id = tracing.trace_id()
+    return {"request_id": request_id, **({"trace_id": trace_id} if trace_id else {})}
 
 
 class Draining:

@@ -23,9 +23,11 @@ def serve(loaded: LoadedSettings) -> None:
     from contextlib import ExitStack
 
     settings = loaded.settings
+    from evermini import __version__
     from evermini.cli.logs import configure_logging
     from evermini.cli.pull import download_bar
     from evermini.cli.server import run_server
+    from evermini.service import tracing
     from evermini.service.runtime import Runtime, load
     from evermini.storage.database import Database
     from evermini.storage.keys import KeyStore
@@ -41,6 +43,8 @@ def serve(loaded: LoadedSettings) -> None:
             with download_bar(name) as progress:
                 models.append(load(name, settings, progress=progress))
             stack.callback(models[-1].close, timeout=0)
+        if (stop_tracing := tracing.start(__version__)) is not None:
+            stack.callback(stop_tracing)
         runtime = Runtime(models, answers_to_any_name=settings.conformance_fixtures)
         run_server(runtime, database, settings, listener)
 

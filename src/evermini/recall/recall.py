@@ -210,6 +210,11 @@ class Recall:
             missing += len(opened.ids) - self._done_tokens(opened)
         return missing
 
+    def remove(self, digest: str) -> bool:
+        """Delete a segment's index, unless someone is writing it."""
+        self._forget(digest)
+        return self.store.remove(self.calibration.fingerprint, digest)
+
     def verify(self, *, repair: bool = False) -> list[Damage]:
         """Read the whole index and return what is damaged.
 

@@ -29,11 +29,23 @@ class ExpiresAfter(WireModel):
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
+class FileExtensions(WireModel):
+    """``x_evermini``: the model to index the file for, before anybody asks about it."""
+
+    ingest: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
 class FileCreate(WireModel):
     """What is said about a file that comes in one request."""
 
     purpose: Purpose
     expires_after: ExpiresAfter | None = None
+    x_evermini: FileExtensions | None = None
+
+    @property
+    def ingest(self) -> str | None:
+        """The model to index the file for."""
+        return self.x_evermini.ingest if self.x_evermini else None
 
 
 class UploadCreate(WireModel):
@@ -51,6 +63,12 @@ class UploadComplete(WireModel):
 
     part_ids: Annotated[list[str], Field(min_length=1, max_length=16_384)]
     md5: str | None = None
+    x_evermini: FileExtensions | None = None
+
+    @property
+    def ingest(self) -> str | None:
+        """The model to index the file for."""
+        return self.x_evermini.ingest if self.x_evermini else None
 
 
 def parse_file_create(fields: dict[str, str]) -> FileCreate:
@@ -60,15 +78,15 @@ def parse_file_create(fields: dict[str, str]) -> FileCreate:
         InvalidRequestError: They say nothing that can be honoured.
     """
     body: dict[str, object] = {}
-    nested: dict[str, object] = {}
     for name, value in fields.items():
-        if match := re.fullmatch(r"expires_after\[(\w+)\]", name):
-            is_number = match[1] == "seconds" and value.isascii() and value.isdigit()
-            nested[match[1]] = int(value[:12]) if is_number else value
-        else:
+        match = re.fullmatch(r"(expires_after|x_evermini)\[(\w+)\]", name)
+        if match is None:
             body[name] = value
-    if nested:
-        body["expires_after"] = nested
+            continue
+        is_number = match[2] == "seconds" and value.isascii() and value.isdigit()
+        nested = body.setdefault(match[1], {})
+        if isinstance(nested, dict):  # else it was sent as one field, too, and is refused
+            nested[match[2]] = int(value[:12]) if is_number else value
     return validation.parse(FileCreate, body)
 
 

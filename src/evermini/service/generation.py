@@ -129,6 +129,7 @@ class Generation:
         """
         first = self._candidates[0]
         self._submit(first)
+        self._timer.submitted()
         self._tasks = [asyncio.create_task(self._run(candidate)) for candidate in self._candidates]
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
@@ -162,6 +163,7 @@ class Generation:
             submission.abort()
         self._submissions.clear()
         self._end_open("abort")
+        self._timer.ended(self._num_generated)
 
     @property
     def has_begun(self) -> bool:
@@ -229,6 +231,9 @@ class Generation:
                     if piece.text or piece.logprobs or piece.calls:
                         self._tell(candidate.index, piece, None)
                 case PromptDone():
+                    if not self._num_cached:
+                        prompt = self.prompts[candidate.prompt]
+                        self._timer.prompt_done(len(prompt), event.cached_tokens)
                     # The first choice to submit a prompt pays for it; the others find it in the cache.
                     self._num_cached.setdefault(candidate.prompt, event.cached_tokens)
                     if event.prompt_logprobs is not None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import structlog
 
 from evermini.errors import StorageError
+from evermini.service import tracing
 from evermini.storage.database import Database
 from evermini.storage.jobs import Job, JobStore, LeaseLostError
 
@@ -165,7 +166,7 @@ class JobRunner:
     async def _work(self, job: Job, handler: Handler) -> None:
         structlog.contextvars.bind_contextvars(job=f"{job.kind} {job.subject}")
         try:
-            work = asyncio.ensure_future(handler(job))
+            work = asyncio.ensure_future(_traced(handler, job))
             keeper = asyncio.create_task(self._keep(job, work))
             try:
                 await work
@@ -219,3 +220,9 @@ class JobRunner:
     async def _give_back(self, job: Job, pause: float) -> None:
         with contextlib.suppress(StorageError):  # else the lease runs out by itself
             await self._database.run(self._store.retry, job, pause)
+
+
+async def _traced(handler: Handler, job: Job) -> None:
+    kind = job.kind.partition(" ")[0]
+    with tracing.span(f"job {kind}", {"job.id": job.subject, "job.attempt": job.attempt}):
+        await handler(job)

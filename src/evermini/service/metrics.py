@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from evermini.engine.engine import EngineStats
 from evermini.engine.masks import MASK_BUCKETS
+from evermini.service.tracing import Phases
 
 if TYPE_CHECKING:
     from evermini.service.generation import Usage
@@ -112,6 +113,22 @@ class RequestTimer:
         self._saw_token = False
         self._was_counted = False
         self._last_token: dict[int, float] = {}
+        self._phases = Phases(model_name)
+
+    def submitted(self) -> None:
+        """The prompt waits for the engine."""
+        self._phases.begin("evermini.prefill")
+
+    def prompt_done(self, num_tokens: int, num_cached: int) -> None:
+        """The engine has computed the prompt."""
+        self._phases.end(
+            {"evermini.prompt_tokens": num_tokens, "gen_ai.usage.cached_tokens": num_cached}
+        )
+        self._phases.begin("evermini.decode")
+
+    def ended(self, num_tokens: int) -> None:
+        """The engine has nothing to do with it any more; ``num_tokens`` were generated."""
+        self._phases.end({"gen_ai.usage.output_tokens": num_tokens})
 
     def token(self, choice: int) -> None:
         """A token of ``choice`` arrived."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from evermini.errors import UnsupportedParameterError
 from evermini.recall.scope import needs_whole
+from evermini.service import tracing
 from evermini.service.assembly import least_room
 from evermini.service.offload import tokenise
 from evermini.service.reading import OnProgress, Recalled
@@ -44,9 +45,15 @@ async def make_prompt(
         return await whole_prompt(served, request) if prompt is None else prompt, None
     about_all = request.reading == "auto" and needs_whole(plan.question)
     if request.reading == "sweep" or (about_all and plan.full_tokens <= reader.sweep_limit):
-        swept = await Sweep(served, request, plan, progress).run()
+        with tracing.span("evermini.read", {"evermini.reading": "sweep"}):
+            swept = await Sweep(served, request, plan, progress).run()
         return swept.prompt, swept
-    recalled = await reader.read(request, plan, progress)
+    with tracing.span("evermini.read", {"evermini.reading": "recall"}) as span:
+        recalled = await reader.read(request, plan, progress)
+        if span is not None:
+            span.set_attribute("evermini.prompt_tokens", recalled.full_tokens)
+            span.set_attribute("evermini.read_tokens", len(recalled.prompt))
+            span.set_attribute("gen_ai.usage.cached_tokens", recalled.cached_tokens)
     if about_all:
         recalled = replace(recalled, note=_too_long(plan.full_tokens, reader.sweep_limit))
     return recalled.prompt, recalled

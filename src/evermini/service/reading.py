@@ -17,7 +17,7 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from typing import TypeVar
 from evermini.errors import EngineStoppedError
 from evermini.recall.calibration import find_calibration
 from evermini.recall.load import Indexer
-from evermini.recall.recall import Progress, Recall, Selection
+from evermini.recall.recall import Ingested, Progress, Recall, Selection
 from evermini.recall.segment import Segment
 from evermini.recall.select import Policy
 from evermini.service.assembly import MAX_PROMPT_TOKENS, Assembler, Passage, Plan, texts
@@ -106,6 +106,7 @@ class LongReader:
         self.tokenizer = tokenizer
         self._max_bytes = max_bytes
         self._recall: Recall | None = None
+        self._num_urgent = 0
         self._opening = threading.Lock()
         self._closed = threading.Event()
         self._slow = ThreadPoolExecutor(1, "evermini-ingest", initializer=_step_back)
@@ -149,6 +150,36 @@ class LongReader:
             ingest_seconds=ingested - began,
         )
 
+    async def index(self, segments: Sequence[Segment], progress: OnProgress | None) -> int:
+        """Index what is not indexed yet, for nobody who waits: prompts that come in meanwhile are read first.
+
+        Cancelled, it ends after the chunk in work.
+
+        Args:
+            segments: The texts.
+            progress: Told, from a thread, how it goes.
+
+        Returns:
+            The tokens of all of them, as the index counts.
+
+        Raises:
+            RecallDiskError: The index does not fit under the cap.
+            EngineStoppedError: The reader was closed.
+        """
+        while True:
+            done = await self._ingest_new(segments, progress, yields=True)
+            if await self._in(self._quick, self._is_known, segments):
+                return done.num_tokens
+
+    async def forget(self, digests: Collection[str]) -> bool:
+        """Delete the index of texts; false if some of it is being written, and is still there."""
+        if self._recall is None and find_calibration(self.home, self.indexer.weights) is None:
+            return True  # nothing was ever indexed
+        removed = await self._in(
+            self._quick, lambda: [self.recall().remove(digest) for digest in digests]
+        )
+        return all(removed)
+
     def close(self) -> None:
         """End what runs after the chunk in work; nothing is accepted any more."""
         self._closed.set()
@@ -159,23 +190,34 @@ class LongReader:
         """Index what is not indexed yet and return how many tokens that were."""
         if await self._in(self._quick, self._is_known, segments):
             return 0
+        self._num_urgent += 1
+        try:
+            return (await self._ingest_new(segments, progress)).num_new_tokens
+        finally:
+            self._num_urgent -= 1
+
+    async def _ingest_new(
+        self, segments: Sequence[Segment], progress: OnProgress | None, *, yields: bool = False
+    ) -> Ingested:
+        """Index, one text after the other; ``yields``: end early, after a chunk, when somebody waits."""
         left = threading.Event()
 
-        def work() -> int:
-            done = self.recall().ingest(
+        def work() -> Ingested:
+            return self.recall().ingest(
                 segments,
                 progress=progress,
-                cancelled=lambda: left.is_set() or self._closed.is_set(),
+                cancelled=lambda: (
+                    left.is_set() or self._closed.is_set() or (yields and self._num_urgent > 0)
+                ),
             )
-            return done.num_new_tokens
 
         try:
-            new = await self._in(self._slow, work)
+            done = await self._in(self._slow, work)
         finally:
             left.set()
         if self._closed.is_set():
             raise _stopped()
-        return new
+        return done
 
     def _is_known(self, segments: Sequence[Segment]) -> bool:
         return self._recall is not None and self._recall.missing_tokens(segments) == 0

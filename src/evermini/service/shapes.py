@@ -395,6 +395,24 @@ class ConversationAnswer(TypedDict):
 
 
 @with_config(EXACT)
+class IngestAnswer(TypedDict):
+    """How far a file is indexed before anybody asks."""
+
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    tokens: int | None
+    tokens_done: int
+    error: str | None
+
+
+@with_config(EXACT)
+class FileExtensions(TypedDict):
+    """What a file has beyond the contract."""
+
+    ingest: IngestAnswer
+
+
+@with_config(EXACT)
 class FileAnswer(TypedDict):
     """A file."""
 
@@ -407,6 +425,7 @@ class FileAnswer(TypedDict):
     purpose: str
     status: Literal["uploaded", "processed", "error"]
     status_details: str | None
+    x_evermini: NotRequired[FileExtensions]
 
 
 @with_config(EXACT)
