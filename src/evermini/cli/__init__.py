@@ -27,6 +27,7 @@ from evermini.cli.pull import models, pull, rm
 from evermini.cli.recall import calibrate, ingest
 from evermini.cli.serve import serve
 from evermini.cli.storage import gc
+from evermini.cli.tune import tune
 from evermini.cli.usage import cost, usage
 from evermini.errors import ConfigError, EverminiError
 
@@ -55,6 +56,7 @@ for command in (
     app.command()(command)
 app.add_typer(contexts, name="contexts")
 app.add_typer(keys, name="keys")
+app.add_typer(tune, name="tune")
 app.add_typer(evaluations, name="eval")
 
 

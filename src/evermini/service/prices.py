@@ -45,6 +45,16 @@ PRICES = {
 """By the beginning of a model's id; the longest that fits counts."""
 
 
+TRAINING_PRICES = {"gpt-4.1-nano": 1.50, "gpt-4.1-mini": 5.00, "gpt-4.1": 25.00}
+"""US dollars per million tokens trained at OpenAI, by the beginning of a model's id."""
+
+
+def training_price(model: str) -> float:
+    """Return what a million tokens of training cost at OpenAI; a model that has no price counts as gpt-4.1-mini."""
+    fitting = [name for name in TRAINING_PRICES if model.startswith(name)]
+    return TRAINING_PRICES[max(fitting, key=len, default="gpt-4.1-mini")]
+
+
 def price_of(model: str) -> Price:
     """Return the list price of a model; one that has none is counted as gpt-4.1-mini."""
     fitting = [name for name in PRICES if model.removeprefix("ft:").startswith(name)]
