@@ -170,7 +170,7 @@ def _describe(error: ErrorDetails, path: str) -> tuple[str, str]:
             "invalid_type",
         )
     if kind == "literal_error":
-        allowed = re.findall(r"'[^']*'", str(context["expected"]))
+        allowed = re.findall(r"'[^']*'|\d+", str(context["expected"]))
         listed = ", ".join(allowed[:-1]) + (" and " if allowed[1:] else "") + allowed[-1]
         shown = f"'{value}'" if isinstance(value, str) else _named(value)
         return f"Invalid value: {shown}. Supported values are: {listed}.", "invalid_value"
