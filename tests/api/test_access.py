@@ -140,6 +140,31 @@ class TestLimits:
             assert no.value.code == "insufficient_quota"
             assert no.value.response.headers["x-should-retry"] == "false"
 
+    def test_a_budget_holds_for_all_servers(
+        self, runtime: Runtime, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(access, "BUDGET_SECONDS", 0.0)
+        secret = add_key(database, monthly_budget=0.00003)
+        with (
+            serving(runtime, database=database) as first,
+            serving(runtime, database=database) as second,
+            make_client(first, api_key=secret) as here,
+            make_client(second, api_key=secret) as there,
+        ):
+            ask(there)
+            with pytest.raises(openai.RateLimitError, match="exceeded your current quota"):
+                for _ in range(200):
+                    ask(here)
+
+            def is_refused() -> bool:
+                try:
+                    ask(there)
+                except openai.RateLimitError:
+                    return True
+                return False
+
+            wait_for(is_refused, 5)  # what the other server counted is written twice a second
+
 
 class TestUsage:
     def test_the_bill_is_what_the_answers_said(self, url: str, database: Database) -> None:

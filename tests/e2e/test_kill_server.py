@@ -15,14 +15,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from sqlalchemy import create_engine, make_url
+from sqlalchemy import create_engine, text
 
 from evermini.config import Settings
 from evermini.storage.blobs import BlobStore
@@ -291,11 +291,10 @@ def check_blobs(home: Path, settings: Settings, env: dict[str, str]) -> int:
 
 
 def check_database(settings: Settings) -> None:
-    url = database_url(settings)
-    with closing(create_engine(make_url(url)).raw_connection()) as connection:
-        cursor = connection.cursor()
-        cursor.execute("SELECT count(*) FROM jobs")
-        assert cursor.fetchone() == (0,), "a job is left"
-        if url.drivername == "sqlite":
-            assert cursor.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-            assert cursor.execute("PRAGMA foreign_key_check").fetchall() == []
+    engine = create_engine(database_url(settings))
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT count(*) FROM jobs")) == 0, "a job is left"
+        if engine.dialect.name == "sqlite":
+            assert connection.execute(text("PRAGMA integrity_check")).all() == [("ok",)]
+            assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
+    engine.dispose()

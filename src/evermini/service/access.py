@@ -6,8 +6,8 @@
     await access.admit(key)                  # 429
 
 Keys lie hashed in the database; a lookup is remembered for `MEMORY_SECONDS`, so a revoked key works that long at most.
-Limits count per server process: behind two processes a key has twice its requests per minute. Budgets are counted in
-the database and hold for all.
+Limits count per server process: behind two processes a key has twice its requests per minute. Budgets hold for all
+processes together: each counts its own requests at once, and those of the others every `BUDGET_SECONDS`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from evermini.storage.schema import Scope
 from evermini.storage.usage import Used
 
 MEMORY_SECONDS = 10.0
+BUDGET_SECONDS = 60.0
+"""How long a sum that only this process adds to is believed."""
 _MEMORY_KEYS = 4096
 PREFIX = "sk-evermini-"
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -83,6 +85,7 @@ class _Account:
     spent: float | None = None
     """US dollars in ``month``; ``None``: not asked for yet."""
     month: int = 0
+    asked_at: float = -math.inf
 
 
 class Access:
@@ -228,10 +231,15 @@ class Access:
     async def _spent(self, key: ApiKey, account: _Account) -> float:
         start = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
         month = int(start.timestamp())
-        if account.spent is None or account.month != month:
+        now = time.monotonic()
+        if (
+            account.spent is None
+            or account.month != month
+            or now - account.asked_at > BUDGET_SECONDS
+        ):
             await self._meter.flush()
             account.spent = await self._meter.cost_since(key.id, month)
-            account.month = month
+            account.month, account.asked_at = month, now
         return account.spent
 
     def _spend(self, used: Used) -> None:

@@ -123,7 +123,10 @@ class Meter:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
-            await self.flush()
+            try:
+                await self.flush()
+            except Exception:  # the next one may work
+                log.exception("usage cannot be written")
 
 
 def _cpu_seconds() -> float:
