@@ -50,7 +50,6 @@ from evermini.service.batches.requests import BatchService
 from evermini.service.batches.worker import BatchWorker
 from evermini.service.documents import Documents
 from evermini.service.files import FileService
-from evermini.service.fine_tuning.metrics import TuningGauges
 from evermini.service.fine_tuning.service import FineTuning
 from evermini.service.fine_tuning.worker import TuningWorker
 from evermini.service.ingests import IngestService
@@ -175,8 +174,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     jobs.handle(RESPONSE_JOB, service.background, num_slots=settings.max_num_seqs, finishes=True)
     adapters = AdapterStore.open(settings, database)
     app.state.fine_tuning = FineTuning(database, app.state.files, adapters, settings)
-    gauges = TuningGauges(runtime.metrics.registry)
-    tuning = TuningWorker(database, app.state.files, adapters, settings, gauges)
+    tuning = TuningWorker(database, app.state.files, adapters, settings, runtime.metrics.tuning)
     jobs.handle(CHECK_JOB, tuning.check, num_slots=1)
     jobs.handle(TRAINING_JOB, tuning.train, num_slots=1)
     app.state.jobs = jobs

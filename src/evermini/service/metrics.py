@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from evermini.engine.engine import EngineStats
 from evermini.engine.masks import MASK_BUCKETS
+from evermini.service.fine_tuning.metrics import TuningGauges
 from evermini.service.tracing import Phases
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_EngineCollector(engine_stats))
+        self.tuning = TuningGauges(self.registry)
 
     def exposition(self) -> bytes:
         """Return everything in Prometheus' text format (`CONTENT_TYPE`)."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Gauge
 
-from evermini.storage.fine_tuning import StoredTuning
+if TYPE_CHECKING:
+    from evermini.storage.fine_tuning import StoredTuning
 
 _GAUGES = {
     "train_loss": "Training loss of the last step.",
