@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from evermini.engine.engine import Engine
-from evermini.engine.request import Event, Finished, PromptDone, TokenOutput
+from evermini.engine.request import Event, Finished, PromptDone, SamplingParams, TokenOutput
+from evermini.errors import EngineError
 from evermini.models.batch import BLOCK_SIZE, AdapterRows, ForwardBatch, KVCache
 from evermini.models.config import ModelConfig
 from evermini.models.lora import LoraWeights
@@ -194,3 +197,86 @@ def drive(
     assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0), stats
     assert all(outcome.finished for outcome in outcomes.values())
     return outcomes
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    """Return tokens of the tiny vocabulary."""
+    draw = random.Random(f"{length} {seed}")
+    return [draw.randrange(97) for _ in range(length)]
+
+
+def drive_crowd(
+    engine: Engine, requests: Mapping[str, tuple[list[int], SamplingParams]], draw: random.Random
+) -> tuple[dict[str, Outcome], set[str]]:
+    """Run requests that arrive some at a time, with now and then an abort; return outcomes and who was aborted."""
+    arrivals = iter(requests.items())
+    outcomes: dict[str, Outcome] = {}
+    aborted: set[str] = set()
+
+    def feed(step: int) -> None:
+        for _ in range(draw.randrange(3)):
+            if (item := next(arrivals, None)) is not None:
+                engine.add(item[0], *item[1])
+        if draw.random() < 0.1:
+            victim = draw.choice(list(requests))
+            engine.abort(victim)
+            aborted.add(victim)
+
+    while len(outcomes) < len(requests):
+        feed(0)
+        drive(engine, outcomes, after_step=feed)
+    return outcomes, aborted
+
+
+END = 5
+"""The tiny vocabulary's end token."""
+
+
+class Steps:
+    """A grammar of fixed length: the i-th token is one of ``sets[i]``; then the end, or ``sets`` over again."""
+
+    def __init__(self, *sets: set[int], endless: bool = False) -> None:
+        self.sets, self.endless = sets, endless
+
+    def start(self) -> StepsState:
+        return StepsState(self)
+
+
+class StepsState:
+    def __init__(self, grammar: Steps) -> None:
+        self._grammar = grammar
+        self._at = 0
+        self.drawn: list[int] = []
+
+    def _allowed(self, at: int) -> set[int]:
+        sets = self._grammar.sets
+        if at < len(sets) or self._grammar.endless:
+            return sets[at % len(sets)] | ({END} if at and at % len(sets) == 0 else set())
+        return {END}
+
+    def fill_mask(self, row: Tensor) -> None:
+        bits = np.zeros(row.numel() * 32, bool)
+        bits[list(self._allowed(self._at))] = True
+        row.numpy()[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def advance(self, token_id: int) -> None:
+        if token_id not in self._allowed(self._at):
+            raise EngineError("not allowed")
+        self._at += 1
+        self.drawn.append(token_id)
+
+    def num_valid(self, token_ids: Sequence[int]) -> int:
+        for count, token_id in enumerate(token_ids):
+            if token_id not in self._allowed(self._at + count):
+                return count
+        return len(token_ids)
+
+    def forced(self) -> list[int]:
+        tokens: list[int] = []
+        while len(only := self._allowed(self._at + len(tokens))) == 1 and only != {END}:
+            tokens += only
+        return tokens
+
+    @property
+    def is_done(self) -> bool:
+        return not self._grammar.endless and self._at == len(self._grammar.sets)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from evermini.api.app import create_app
 from evermini.api.connections import server_config
 from evermini.config import Settings
 from evermini.service.model_info import ModelInfo
+from evermini.service.reading import LongReader
 from evermini.service.runtime import Runtime, ServedModel, start_worker
 from evermini.storage.database import Database
 from tests.fakes import TinyModel, tiny_config
@@ -88,6 +90,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
+
+
+@contextmanager
+def reading(nano: ServedModel, home: Path, **options: Any) -> Iterator[ServedModel]:
+    """Nano with an index of its own in ``home``, read as ``options`` of `LongReader` say."""
+    assert nano.reader is not None
+    reader = LongReader(nano.reader.indexer, nano.tokenizer, nano.template, home=home, **options)
+    yield replace(nano, reader=reader)
+    reader.close()
 
 
 def tiny_served(like: ServedModel, model: TinyModel, settings: Settings) -> ServedModel:

@@ -18,7 +18,7 @@ from evermini.backends.spec import UpstreamSpec
 from evermini.config import Settings, load_settings
 from evermini.service.runtime import Runtime, ServedModel
 from evermini.service.upstream.load import connect, load_upstream
-from tests.api.test_long_prompts import NEEDLES, story
+from tests.long_texts import NEEDLES, story
 from tests.serving import assert_error, make_client, serving, wait_for
 
 NAME = "behind"

@@ -7,8 +7,8 @@ import pytest
 from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.engine import Engine
 from evermini.engine.request import SamplingParams
-from tests.fakes import Outcome, TinyAdapter, TinyModel, drive, greedy_oracle
-from tests.parity.test_engine_tiny import greedy, make_engine, random_prompt
+from tests.fakes import Outcome, TinyAdapter, TinyModel, drive, greedy_oracle, random_prompt
+from tests.parity.test_engine_tiny import greedy, make_engine
 
 NUM_TOKENS = 24
 ADAPTERS = [None, *(LoadedAdapter(bytes([n]) * 32, TinyAdapter(n)) for n in range(8))]

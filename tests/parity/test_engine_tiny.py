@@ -12,7 +12,15 @@ import pytest
 
 from evermini.engine.engine import Engine
 from evermini.engine.request import PromptDone, SamplingParams
-from tests.fakes import Outcome, TinyModel, drive, greedy_oracle, tiny_config
+from tests.fakes import (
+    Outcome,
+    TinyModel,
+    drive,
+    drive_crowd,
+    greedy_oracle,
+    random_prompt,
+    tiny_config,
+)
 
 LENGTHS = (1, 5, 31, 32, 33, 64, 100, 257)
 NUM_TOKENS = 40
@@ -26,11 +34,6 @@ def make_engine(**changes) -> Engine:
         "max_waiting": 1000,
     }
     return Engine(TinyModel(), **{**arguments, **changes})
-
-
-def random_prompt(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(f"{length} {seed}")
-    return [rng.randrange(97) for _ in range(length)]
 
 
 def greedy(num_tokens: int = NUM_TOKENS, **changes) -> SamplingParams:
@@ -224,7 +227,7 @@ def test_a_crowd_with_everything_at_once(seed):
         max_num_seqs=rng.choice([2, 5, 8]),
         prefix_caching=rng.random() < 0.8,
     )
-    requests, outcomes, aborted = {}, {}, set()
+    requests = {}
     for index in range(20):
         stem = rng.choice(stems)
         prompt = stem[: rng.randrange(1, len(stem))] + random_prompt(rng.randrange(0, 40), index)
@@ -232,20 +235,7 @@ def test_a_crowd_with_everything_at_once(seed):
         scoring = 1 if rng.random() < 0.2 else None
         requests[str(index)] = prompt, make(rng.randrange(0, 60), prompt_logprobs=scoring)
 
-    arrivals = iter(requests.items())
-
-    def feed(step: int) -> None:
-        for _ in range(rng.randrange(3)):
-            if (item := next(arrivals, None)) is not None:
-                engine.add(item[0], *item[1])
-        if rng.random() < 0.1:
-            victim = rng.choice(list(requests))
-            engine.abort(victim)
-            aborted.add(victim)
-
-    while len(outcomes) < len(requests):
-        feed(0)
-        drive(engine, outcomes, after_step=feed)
+    outcomes, aborted = drive_crowd(engine, requests, rng)
     for request_id, outcome in outcomes.items():
         prompt, params = requests[request_id]
         alone = run_all(make_engine(), [prompt], params)[0]

@@ -23,8 +23,16 @@ from evermini.models.checkpoint import open_checkpoint
 from evermini.models.load import load_model
 from evermini.text.tokenizer import Tokenizer
 from tests.batches import make_batch
-from tests.fakes import Outcome, TinyModel, drive, greedy_oracle
-from tests.unit.test_engine_constraint import END, Steps
+from tests.fakes import (
+    END,
+    Outcome,
+    Steps,
+    TinyModel,
+    drive,
+    drive_crowd,
+    greedy_oracle,
+    random_prompt,
+)
 
 NUM_TOKENS = 60
 
@@ -51,11 +59,6 @@ def make_engine(model=None, **changes) -> Engine:
     return Engine(model or TinyModel(), **{**arguments, **changes})
 
 
-def some_tokens(length: int, seed: int = 0, vocab_size: int = 97) -> list[int]:
-    rng = random.Random(f"{length} {seed}")
-    return [rng.randrange(vocab_size) for _ in range(length)]
-
-
 def predictions(answer: list[int]) -> dict[str, list[int]]:
     """Predictions of ``answer`` from right to useless."""
     rng = random.Random(7)
@@ -67,11 +70,11 @@ def predictions(answer: list[int]) -> dict[str, list[int]]:
         "begins later": answer[5:],
         "one replaced": [*answer[:half], (answer[half] + 1) % 97, *answer[half + 1 :]],
         "some removed": [*answer[: half - 6], *answer[half:]],
-        "some inserted": [*answer[:half], *some_tokens(9, 3), *answer[half:]],
+        "some inserted": [*answer[:half], *random_prompt(9, 3), *answer[half:]],
         "every third wrong": [t if i % 3 else (t + 1) % 97 for i, t in enumerate(answer)],
         "shuffled": rng.sample(answer, len(answer)),
         "one token": answer[:1] * 40,
-        "other": some_tokens(70, 9),
+        "other": random_prompt(70, 9),
     }
 
 
@@ -101,7 +104,7 @@ def check_equal(speculated: Outcome, plain: Outcome) -> None:
 
 @pytest.mark.parametrize("kind", PARAMS)
 def test_any_prediction_any_parameters(zeal, kind):
-    prompt = some_tokens(45)
+    prompt = random_prompt(45)
     plain = run(
         make_engine(speculation=False),
         prompt,
@@ -123,21 +126,21 @@ def test_drafts_obey_a_grammar(zeal):
         params = {"max_tokens": NUM_TOKENS, "stop_token_ids": frozenset({END}), "seed": 3}
         plain = run(
             make_engine(speculation=False),
-            some_tokens(45),
+            random_prompt(45),
             SamplingParams(constraint=grammar, **params),
         )
         for name, prediction in predictions(plain.tokens).items():
             engine = make_engine()
             guessed = SamplingParams(constraint=grammar, prediction=tuple(prediction), **params)
-            check_equal(run(engine, some_tokens(45), guessed), plain)
+            check_equal(run(engine, random_prompt(45), guessed), plain)
             if name == "right":
                 assert engine.stats().steps < len(plain.tokens) / 3
 
 
 def test_prompts_full_of_repetition(zeal):
     """Prompt lookup guesses in each of these, rightly or not."""
-    stem = some_tokens(20)
-    prompts = [stem * 4, [1] * 50, [1, 2] * 30, stem + some_tokens(30, 2) + stem, stem * 2 + [5]]
+    stem = random_prompt(20)
+    prompts = [stem * 4, [1] * 50, [1, 2] * 30, stem + random_prompt(30, 2) + stem, stem * 2 + [5]]
     prompts += [stem + greedy_oracle(TinyModel(), stem * 2, 40)[:k] + stem for k in (10, 25, 40)]
     for seed in range(3):
         params = SamplingParams(max_tokens=50, temperature=0.4, seed=seed)
@@ -149,7 +152,7 @@ def test_prompts_full_of_repetition(zeal):
 
 
 def test_a_stop_token_inside_a_draft(zeal):
-    prompt = some_tokens(45)
+    prompt = random_prompt(45)
     tokens = greedy_oracle(TinyModel(), prompt, NUM_TOKENS)
     for at in (0, 1, 7, 30):
         stops = frozenset({tokens[at]})
@@ -164,7 +167,7 @@ def test_a_stop_token_inside_a_draft(zeal):
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 2, 3, 31, 32, 33, 34, 60])
 def test_the_limit_is_kept_and_nothing_is_computed_beyond_it(eager, max_tokens):
-    prompt = some_tokens(45)
+    prompt = random_prompt(45)
     tokens = greedy_oracle(TinyModel(), prompt, NUM_TOKENS)
     model = TinyModel()
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, prediction=tuple(tokens))
@@ -180,7 +183,7 @@ def test_the_limit_is_kept_and_nothing_is_computed_beyond_it(eager, max_tokens):
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_batches_chunks_and_preemption(zeal, shape, prefix_caching):
     """Many requests at once, with good and bad predictions, in little memory: each as if alone and unguessed."""
-    prompts = [some_tokens(n) for n in (1, 5, 31, 33, 64, 100)]
+    prompts = [random_prompt(n) for n in (1, 5, 31, 33, 64, 100)]
     sampling = {"seed": 5, "temperature": 0.4, "top_logprobs": 1}
     plain = [
         run(make_engine(speculation=False), p, SamplingParams(max_tokens=NUM_TOKENS, **sampling))
@@ -203,14 +206,14 @@ def test_batches_chunks_and_preemption(zeal, shape, prefix_caching):
 def test_a_crowd_with_everything_at_once(eager, seed):
     """Random arrivals, prefixes, sampling, predictions, stops and aborts in little memory."""
     rng = random.Random(seed)
-    stems = [some_tokens(rng.randrange(30, 150), stem) for stem in range(3)]
+    stems = [random_prompt(rng.randrange(30, 150), stem) for stem in range(3)]
     engine = make_engine(
         num_blocks=rng.choice([10, 14, 20]),
         max_batch_tokens=rng.choice([9, 40, 100]),
         max_num_seqs=rng.choice([2, 5, 8]),
         prefix_caching=rng.random() < 0.8,
     )
-    requests, plain, outcomes, aborted = {}, {}, {}, set()
+    requests, plain = {}, {}
     for index in range(20):
         stem = rng.choice(stems)
         prompt = stem[: rng.randrange(1, len(stem))] * rng.choice([1, 1, 2])
@@ -220,23 +223,10 @@ def test_a_crowd_with_everything_at_once(eager, seed):
             **PARAMS[rng.choice(list(PARAMS))],
         }
         alone = run(make_engine(speculation=False), prompt, SamplingParams(**sampling))
-        prediction = rng.choice(list(predictions(alone.tokens + some_tokens(10)).values()))
+        prediction = rng.choice(list(predictions(alone.tokens + random_prompt(10)).values()))
         requests[str(index)] = prompt, SamplingParams(**sampling, prediction=tuple(prediction))
         plain[str(index)] = alone
-    arrivals = iter(requests.items())
-
-    def feed(step: int) -> None:
-        for _ in range(rng.randrange(3)):
-            if (item := next(arrivals, None)) is not None:
-                engine.add(item[0], *item[1])
-        if rng.random() < 0.1:
-            victim = rng.choice(list(requests))
-            engine.abort(victim)
-            aborted.add(victim)
-
-    while len(outcomes) < len(requests):
-        feed(0)
-        drive(engine, outcomes, after_step=feed)
+    outcomes, aborted = drive_crowd(engine, requests, rng)
     for request_id, outcome in outcomes.items():
         if outcome.finished.reason == "abort":
             assert request_id in aborted
@@ -247,7 +237,7 @@ def test_a_crowd_with_everything_at_once(eager, seed):
 
 def test_what_a_speculated_answer_leaves_in_the_cache(eager):
     """Only blocks of tokens that were really written are shared, and all of these are."""
-    prompt = some_tokens(50)
+    prompt = random_prompt(50)
     answer = greedy_oracle(TinyModel(), prompt, NUM_TOKENS)
     for prediction in predictions(answer).values():
         engine = make_engine()
@@ -272,7 +262,7 @@ def test_what_a_speculated_answer_leaves_in_the_cache(eager):
 
 def test_sampled_tokens_have_the_models_distribution(eager):
     """Pairs of tokens over many seeds against the exact probabilities (chi-squared, p > 0.001)."""
-    model, prompt, num_seeds = TinyModel(), some_tokens(12), 3000
+    model, prompt, num_seeds = TinyModel(), random_prompt(12), 3000
     bias = dict.fromkeys(range(8, 97), -100.0)  # leaves 8 tokens, 64 pairs
 
     def probabilities(tokens: list[int]) -> torch.Tensor:
@@ -309,7 +299,7 @@ def test_sampled_tokens_have_the_models_distribution(eager):
 @pytest.mark.parametrize("speculation", [True, False])
 def test_what_became_of_the_prediction(speculation):
     """It depends on the output alone, not on what was drafted."""
-    prompt = some_tokens(45)
+    prompt = random_prompt(45)
     answer = greedy_oracle(TinyModel(), prompt, NUM_TOKENS)
 
     def accepted(prediction: list[int]) -> int:
@@ -322,7 +312,7 @@ def test_what_became_of_the_prediction(speculation):
     assert accepted(answer) == NUM_TOKENS
     assert accepted(answer[:20]) == 20
     assert accepted([*answer[:30], (answer[30] + 1) % 97, *answer[31:]]) == NUM_TOKENS - 1
-    assert accepted(some_tokens(70, 9)) < 5
+    assert accepted(random_prompt(70, 9)) < 5
     assert accepted([]) == 0
 
 

@@ -2,69 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import pytest
 from torch import Tensor
 
 from evermini.engine.engine import Engine
 from evermini.engine.request import Finished, SamplingParams
-from evermini.errors import EngineError, GrammarLimitError
-from tests.fakes import TinyModel, drive
-
-END = 5
-"""The tiny vocabulary's end token."""
-
-
-class Steps:
-    """A grammar of fixed length: the i-th token is one of ``sets[i]``; then the end, or ``sets`` over again."""
-
-    def __init__(self, *sets: set[int], endless: bool = False) -> None:
-        self.sets, self.endless = sets, endless
-
-    def start(self) -> StepsState:
-        return StepsState(self)
-
-
-class StepsState:
-    def __init__(self, grammar: Steps) -> None:
-        self._grammar = grammar
-        self._at = 0
-        self.drawn: list[int] = []
-
-    def _allowed(self, at: int) -> set[int]:
-        sets = self._grammar.sets
-        if at < len(sets) or self._grammar.endless:
-            return sets[at % len(sets)] | ({END} if at and at % len(sets) == 0 else set())
-        return {END}
-
-    def fill_mask(self, row: Tensor) -> None:
-        bits = np.zeros(row.numel() * 32, bool)
-        bits[list(self._allowed(self._at))] = True
-        row.numpy()[:] = np.packbits(bits, bitorder="little").view(np.int32)
-
-    def advance(self, token_id: int) -> None:
-        if token_id not in self._allowed(self._at):
-            raise EngineError("not allowed")
-        self._at += 1
-        self.drawn.append(token_id)
-
-    def num_valid(self, token_ids: Sequence[int]) -> int:
-        for count, token_id in enumerate(token_ids):
-            if token_id not in self._allowed(self._at + count):
-                return count
-        return len(token_ids)
-
-    def forced(self) -> list[int]:
-        tokens: list[int] = []
-        while len(only := self._allowed(self._at + len(tokens))) == 1 and only != {END}:
-            tokens += only
-        return tokens
-
-    @property
-    def is_done(self) -> bool:
-        return not self._grammar.endless and self._at == len(self._grammar.sets)
+from evermini.errors import GrammarLimitError
+from tests.fakes import END, Steps, StepsState, TinyModel, drive
 
 
 class Broken(Steps):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Iterator
@@ -14,85 +13,11 @@ import openai
 import pytest
 
 from evermini.recall.calibration import find_calibration
-from evermini.service.reading import LongReader
 from evermini.service.runtime import Runtime, ServedModel
-from tests.serving import assert_error, make_client, serving, wait_for
+from tests.long_texts import NEEDLES, story
+from tests.serving import assert_error, reading, serving, wait_for
 
-NUM_LINES = 3000
 LIMIT = 80_000
-NEEDLES = {
-    150: ("The captain's parrot is called Biscuit.", "What is the captain's parrot called?", "Biscuit"),
-    1500: ("The secret code for Lisbon is tulip-84.", "What is the secret code for Lisbon?", "tulip-84"),
-    2900: ("The clock tower was finished in 1732.", "In which year was the clock tower finished?", "1732"),
-}  # fmt: skip
-"""Line from 1 -> fact, question, answer."""
-
-_NAMES = (
-    "Anna",
-    "Bruno",
-    "Carla",
-    "Dmitri",
-    "Elena",
-    "Farid",
-    "Greta",
-    "Hugo",
-    "Ines",
-    "Jonas",
-    "Kira",
-    "Luis",
-)
-_VERBS = (
-    "paints",
-    "repairs",
-    "visits",
-    "sketches",
-    "counts",
-    "cleans",
-    "moves",
-    "sells",
-    "measures",
-    "describes",
-)
-_THINGS = (
-    "ladder",
-    "window",
-    "kettle",
-    "garden",
-    "bicycle",
-    "lantern",
-    "violin",
-    "carpet",
-    "statue",
-    "engine",
-)
-_PLACES = (
-    "harbour",
-    "station",
-    "market",
-    "chapel",
-    "library",
-    "meadow",
-    "workshop",
-    "kitchen",
-    "bridge",
-    "attic",
-)
-
-
-def story(seed: int, num_lines: int = NUM_LINES) -> str:
-    """About 20 tokens a line, no line twice, with the needles."""
-    draw = random.Random(seed)
-    lines = [
-        f"{draw.choice(_NAMES)} {draw.choice(_VERBS)} the {draw.choice(_THINGS)} near the {draw.choice(_PLACES)} "
-        f"and {draw.choice(_VERBS)} {draw.randrange(2, 90)} of them."
-        for _ in range(num_lines)
-    ]
-    for number, (fact, _, _) in NEEDLES.items():
-        if number <= num_lines:
-            lines[number - 1] = fact
-    return "\n".join(lines)
-
-
 STORY = story(seed=1)
 
 
@@ -100,28 +25,9 @@ STORY = story(seed=1)
 def served(nano: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     """Nano with an index of its own and a lower limit, so that a prompt too long is still a short test."""
     assert nano.reader is not None
-    reader = LongReader(
-        nano.reader.indexer,
-        nano.tokenizer,
-        nano.template,
-        home=tmp_path_factory.mktemp("home"),
-        policy=nano.reader.policy,
-        max_prompt_tokens=LIMIT,
-    )
-    yield replace(nano, reader=reader)
-    reader.close()
-
-
-@pytest.fixture(scope="module")
-def url(served: ServedModel) -> Iterator[str]:
-    with serving(Runtime([served])) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with make_client(url, timeout=300) as client:
-        yield client
+    home = tmp_path_factory.mktemp("home")
+    with reading(nano, home, policy=nano.reader.policy, max_prompt_tokens=LIMIT) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")

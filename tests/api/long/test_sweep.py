@@ -12,10 +12,9 @@ import httpx
 import openai
 import pytest
 
-from evermini.service.reading import LongReader
 from evermini.service.runtime import Runtime, ServedModel
-from tests.api.test_long_prompts import NEEDLES, story
-from tests.serving import assert_error, make_client, serving, wait_for
+from tests.long_texts import NEEDLES, story
+from tests.serving import assert_error, make_client, reading, serving, wait_for
 
 SWEEP = {"reading": "sweep", "why": True}
 REVIEWS = "\n".join(
@@ -25,28 +24,8 @@ REVIEWS = "\n".join(
 
 @pytest.fixture(scope="module")
 def served(nano: ServedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
-    assert nano.reader is not None
-    reader = LongReader(
-        nano.reader.indexer,
-        nano.tokenizer,
-        nano.template,
-        home=tmp_path_factory.mktemp("home"),
-        sweep_limit=40_000,
-    )
-    yield replace(nano, reader=reader)
-    reader.close()
-
-
-@pytest.fixture(scope="module")
-def url(served: ServedModel) -> Iterator[str]:
-    with serving(Runtime([served])) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> Iterator[openai.OpenAI]:
-    with make_client(url, timeout=300) as client:
-        yield client
+    with reading(nano, tmp_path_factory.mktemp("home"), sweep_limit=40_000) as served:
+        yield served
 
 
 def as_document(text: str) -> str:
@@ -131,42 +110,47 @@ def test_auto_reads_all_of_a_text_if_the_question_is_about_all_and_it_is_not_too
     assert asked.x_evermini["recall"]["note"] is None
 
 
-def test_a_stream_comments_on_the_first_reading_and_then_answers(url, client):
-    content = as_document(story(seed=8, num_lines=1200)) + NEEDLES[150][1]
-    body = {
-        "model": "gpt-4.1-nano",
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": 4,
-        "stream": True,
-    }
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=300) as response:
-        lines = [line for line in response.iter_lines() if line]
-    assert response.status_code == 200
-    reports = [line for line in lines if line.startswith(":")]
+@pytest.mark.parametrize("endpoint", ["chat/completions", "responses"])
+def test_a_stream_comments_on_the_first_reading_and_then_answers(url, endpoint):
+    seed = 8 + len(endpoint)  # each reads a text of its own for the first time
+    content = as_document(story(seed=seed, num_lines=1200)) + NEEDLES[150][1]
+    fields = {
+        "chat/completions": {
+            "messages": [{"role": "user", "content": content}],
+            "max_completion_tokens": 4,
+        },
+        "responses": {"input": content, "max_output_tokens": 4},
+    }[endpoint]
+    body = {"model": "gpt-4.1-nano", "stream": True, **fields}
+
+    def lines() -> list[str]:
+        with httpx.stream("POST", f"{url}/v1/{endpoint}", json=body, timeout=300) as response:
+            assert response.status_code == 200
+            return [line for line in response.iter_lines() if line]
+
+    first = lines()
+    reports = [line for line in first if line.startswith(":")]
     assert re.fullmatch(r": reading \d+ of \d+ tokens", reports[0])
-    assert lines.index(reports[-1]) < next(
-        i for i, line in enumerate(lines) if line.startswith("data")
-    )
-    assert lines[-1] == "data: [DONE]"
-    chunks = list(ask(client, content, stream=True, extra_body={}))
-    assert chunks[-1].choices[0].finish_reason
+    begun = next(i for i, line in enumerate(first) if line.startswith(("data", "event")))
+    assert first.index(reports[-1]) < begun
+    ended = {"chat/completions": "data: [DONE]", "responses": "event: response.incomplete"}
+    assert ended[endpoint] in first[-2:]
+    again = lines()
+    assert not [line for line in again if line.startswith(":")]
+    assert ended[endpoint] in again[-2:]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_index_without_room_is_an_error_that_is_not_retried(nano, tmp_path, stream):
-    assert nano.reader is not None
-    reader = LongReader(
-        nano.reader.indexer, nano.tokenizer, nano.template, home=tmp_path, max_bytes=1000
-    )
     requests = []
     http = httpx.Client(event_hooks={"request": [requests.append]}, timeout=60)
     with (
-        serving(Runtime([replace(nano, reader=reader)])) as url,
+        reading(nano, tmp_path, max_bytes=1000) as served,
+        serving(Runtime([served])) as url,
         make_client(url, max_retries=2, http_client=http) as client,
         pytest.raises(openai.APIStatusError) as caught,
     ):
         ask(client, story(seed=9, num_lines=500) + "\n\nWho?", stream=stream, extra_body={})
-    reader.close()
     assert caught.value.status_code == 413
     assert caught.value.code == "recall_disk_exceeded"
     assert "raise recall_disk" in str(caught.value)
