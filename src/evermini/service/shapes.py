@@ -269,7 +269,7 @@ class ModelAnswer(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
-    context_window: int
+    context_window: int | None
 
 
 @with_config(EXACT)
