@@ -23,7 +23,7 @@ from evermini.service.runtime import Runtime, ServedModel
 from evermini.storage.database import Database
 from evermini.storage.ingests import IngestRow, IngestSegmentRow
 from evermini.storage.jobs import JobRow
-from tests.api.test_long_prompts import NEEDLES, story
+from tests.long_texts import NEEDLES, story
 from tests.pdf_files import make_pdf
 from tests.serving import make_client, serving, wait_for
 
