@@ -31,6 +31,7 @@ SURFACE = {
     "embeddings": ("test_embeddings.py",),
     "files, uploads": ("test_files.py", "test_uploads.py", "uploads/test_parts.py"),
     "batches": ("test_batches.py",),
+    "fine-tuning": ("fine_tuning/test_jobs.py", "fine_tuning/jobs/test_checkpoints.py"),
 }
 """The parts of the API that are here, and their tests below tests/api_resources."""
 MODES = ("strict", "fixtures")

@@ -49,3 +49,14 @@ def test_pages_of_no_length(mock: openai.OpenAI) -> None:
 def test_what_is_not_supported_is_refused_as_ever(mock: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="web_search"):
         mock.responses.create(tools=[{"type": "web_search"}])
+
+
+def test_fine_tuning_jobs_exist_whatever_was_done_to_them(mock: openai.OpenAI) -> None:
+    job_id = "ft-AF1WoRqd3aJAHsqc9NY7iL8F"
+    for _ in range(2):
+        assert mock.fine_tuning.jobs.pause(job_id).status == "paused"
+        assert mock.fine_tuning.jobs.cancel(job_id).status == "cancelled"
+    assert mock.fine_tuning.jobs.list_events(job_id, after="after").data == []
+    assert mock.fine_tuning.jobs.checkpoints.list(job_id, after="after", limit=0).data == []
+    created = mock.fine_tuning.jobs.create(model="gpt-4o-mini", training_file="file-abc123")
+    assert created.status == "validating_files"

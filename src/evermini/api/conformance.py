@@ -21,6 +21,7 @@ from urllib.parse import parse_qsl, urlencode
 from pydantic_core import from_json, to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from evermini.api.conformance_tuning import seed_tunings
 from evermini.service.answer import ChatDelta
 from evermini.service.generation import Usage
 from evermini.service.responses.events import EventWriter
@@ -106,6 +107,7 @@ def seed(database: Database) -> None:
         if responses.get(response_id) is None:
             stored, events = _response(response_id)
             responses.add(stored, events=events)
+    seed_tunings(database)
 
 
 def _item(item_id: str) -> Json:

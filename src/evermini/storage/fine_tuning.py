@@ -136,18 +136,24 @@ class TuningStore:
     def add(self, tuning: StoredTuning, events: Sequence[Event]) -> None:
         """Store a new job, and the queue's job to check its files."""
         with self._database.writing() as session:
-            row = FineTuningRow(
-                id=tuning.id,
-                status=tuning.status,
-                body=tuning.body,
-                spec=tuning.spec,
-                key_id=tuning.key_id,
-                project=tuning.project,
-            )
-            session.add(row)
-            session.flush()
+            row = _add(session, tuning)
             _add_events(session, row, events)
             enqueue(session, CHECK, tuning.id)
+
+    def restore(
+        self,
+        tuning: StoredTuning,
+        events: Sequence[Event],
+        checkpoints: Sequence[TuningCheckpoint],
+    ) -> None:
+        """Store a job as it is, in place of the one with its id; nobody will work on it."""
+        with self._database.writing() as session:
+            session.execute(delete(FineTuningRow).where(FineTuningRow.id == tuning.id))
+            drop(session, tuning.id)
+            row = _add(session, tuning)
+            _add_events(session, row, events)
+            for checkpoint in checkpoints:
+                _put_checkpoint(session, row, checkpoint)
 
     def get(self, tuning_id: str) -> StoredTuning | None:
         """Return a job, ``None`` if there is none of that id."""
@@ -401,6 +407,20 @@ class TuningStore:
             )
             _add_events(session, row, events)
             finish(session, job)
+
+
+def _add(session: Session, tuning: StoredTuning) -> FineTuningRow:
+    row = FineTuningRow(
+        id=tuning.id,
+        status=tuning.status,
+        body=tuning.body,
+        spec=tuning.spec,
+        key_id=tuning.key_id,
+        project=tuning.project,
+    )
+    session.add(row)
+    session.flush()
+    return row
 
 
 def _find(session: Session, tuning_id: str, *, lock: bool = False) -> FineTuningRow | None:

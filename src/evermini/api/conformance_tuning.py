@@ -1,0 +1,58 @@
+"""The fine-tuning job that OpenAI's client tests ask for; see `evermini.api.conformance`."""
+
+from __future__ import annotations
+
+import time
+
+from evermini.service.fine_tuning.service import new_event
+from evermini.storage.database import Database
+from evermini.storage.files import FileStore, StoredFile
+from evermini.storage.fine_tuning import Event, StoredTuning, TuningCheckpoint, TuningStore
+
+FILE = "file-abc123"
+JOBS = ("after", "ft-AF1WoRqd3aJAHsqc9NY7iL8F")
+_EVENT = "after"
+
+
+def seed_tunings(database: Database) -> None:
+    """Create the file and the jobs; a job that was steered is queued again. Nobody works on any."""
+    files, store, now = FileStore(database), TuningStore(database), int(time.time())
+    if files.get(FILE, now) is None:
+        files.add(StoredFile(FILE, "file.jsonl", "fine-tune", 0, now, None))
+    for tuning_id in JOBS:
+        known = store.get(tuning_id)
+        if known is None or known.status != "queued":
+            is_asked_for = tuning_id == JOBS[-1]
+            event = Event(_EVENT, now, "Created fine-tuning job") if is_asked_for else new_event("")
+            checkpoint = TuningCheckpoint(_EVENT, 1, now, "ft:model:personal::id:ckpt-step-1", {})
+            store.restore(
+                StoredTuning(_body(tuning_id, now), {}),
+                [event],
+                [checkpoint] if is_asked_for else [],
+            )
+
+
+def _body(tuning_id: str, now: int) -> dict[str, object]:
+    shown = {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 2.0}
+    return {
+        "id": tuning_id,
+        "object": "fine_tuning.job",
+        "model": "model",
+        "created_at": now,
+        "finished_at": None,
+        "fine_tuned_model": None,
+        "organization_id": "org-personal",
+        "result_files": [],
+        "status": "queued",
+        "validation_file": None,
+        "training_file": FILE,
+        "hyperparameters": shown,
+        "trained_tokens": None,
+        "error": None,
+        "user_provided_suffix": None,
+        "seed": 42,
+        "estimated_finish": None,
+        "integrations": [],
+        "metadata": {"foo": "string"},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": shown}},
+    }
