@@ -42,6 +42,8 @@ FOREIGN_ENV_PREFIXES = ("EVERMINI_TEST_", "EVERMINI_BENCH_")
 """Variables that only the tests and the benchmarks read."""
 FILE_NAME = "evermini.toml"
 
+ADAPTER_MEMORY = 1024**3
+
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
@@ -347,6 +349,13 @@ class Settings:
         "Guess tokens from the prompt or a prediction and verify several in one step where that saves time; the "
         "output is the same.",
         group="Engine",
+    )
+    adapter_memory: Annotated[int, _Parsed(parse_bytes), Ge(1)] = _setting(
+        ADAPTER_MEMORY,
+        "Memory for the adapters of one model's fine-tuned models; the least recently used go first.",
+        group="Engine",
+        shown="1GiB",
+        metavar="SIZE",
     )
     max_waiting: Annotated[int, Ge(0)] = _setting(
         1024,

@@ -31,6 +31,7 @@ from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError, UnsupportedParameterError, UpstreamError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
+from evermini.service.directory import load_tuned
 from evermini.service.documents import Documents
 from evermini.service.embedded import Embeddings
 from evermini.service.embeddings import embed, parse_embeddings
@@ -186,8 +187,8 @@ class LLM:
     """A loaded model. Use it as a context manager, or `close` it: it holds memory and a thread.
 
     Args:
-        model: Tier, alias, path of a GGUF file or safetensors folder, or ``NAME=URL`` of an engine that answers;
-            default the setting ``model``.
+        model: Tier, alias, path of a GGUF file or safetensors folder, ``ft:`` name of a fine-tuned model, or
+            ``NAME=URL`` of an engine that answers; default the setting ``model``.
         settings: Ready settings, taken as they are; default: from the environment and the settings file.
         progress: Told how a fetch of the weights goes: bytes done, bytes in total, where from.
         **overrides: Settings by name, e.g. ``threads=4``; they win over the environment and the settings file.
@@ -219,7 +220,10 @@ class LLM:
         with ExitStack() as stack:
             # Closed in reverse: the engine first, so that nobody waits for an answer in a loop that is gone.
             self._portal = stack.enter_context(start_blocking_portal())
-            self._served = load(name, settings, progress=progress)
+            if name.startswith("ft:"):
+                self._served = load_tuned(name, settings, progress=progress)
+            else:
+                self._served = load(name, settings, progress=progress)
             stack.callback(self._served.close, timeout=0.0)
             self._documents = Documents.open(settings, None)
             stack.callback(self._documents.close)

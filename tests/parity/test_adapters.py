@@ -12,10 +12,11 @@ import torch
 
 from evermini import kernels
 from evermini.models.batch import AdapterRows, Model
-from evermini.models.checkpoint import Checkpoint, open_checkpoint
+from evermini.models.checkpoint import open_checkpoint
 from evermini.models.decoder import Decoder
 from evermini.models.load import load_model
-from evermini.models.lora import LoraWeights, read_peft
+from evermini.models.lora import read_peft
+from evermini.models.merge import MergedCheckpoint
 from evermini.models.native import NativeDecoder
 from tests.adapters import random_lora, write_adapter
 from tests.batches import make_batch
@@ -132,27 +133,6 @@ def test_nano_logits_are_pefts(nano_path: Path, tmp_path: Path):
     assert (logits - with_peft(reference, folder, ids)).abs().max().item() <= 1e-4
 
 
-class Merged(Checkpoint):
-    """A checkpoint with an adapter in its weights."""
-
-    def __init__(self, base: Checkpoint, lora: LoraWeights) -> None:
-        self.path, self.config, self.shapes, self.tokenizer = (
-            base.path, base.config, base.shapes, base.tokenizer,
-        )  # fmt: skip
-        self._base = base
-        self._deltas = {
-            f"model.layers.{index}.{target}.weight": factors.delta()
-            for (index, target), factors in lora.factors.items()
-        }
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        rows = self._base.rows(name, start, stop)
-        return rows + self._deltas[name][start:stop] if name in self._deltas else rows
-
-    def weight_files(self) -> list[Path]:
-        raise NotImplementedError
-
-
 def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
@@ -170,7 +150,7 @@ def test_unmerged_on_integers_is_as_close_to_merged_as_the_base_to_its_own(
     (base,), (exact_base,) = run(native, [ids], [None]), run(oracle, [ids], [None])
     (unmerged,) = run(native, [ids], [native.load_adapter(lora)])
     (unmerged_oracle,) = run(oracle, [ids], [oracle.load_adapter(lora)])
-    (exact,) = run(Decoder(Merged(checkpoint, lora)), [ids], [None])
+    (exact,) = run(Decoder(MergedCheckpoint(checkpoint, lora)), [ids], [None])
     assert error(unmerged_oracle, exact) < 1e-5
     assert error(exact, exact_base) > 0.08, "the adapter does something"
     assert error(unmerged, exact) < 1.5 * error(base, exact_base)

@@ -48,6 +48,7 @@ from evermini.service.access import Access
 from evermini.service.adapters import AdapterStore
 from evermini.service.batches.requests import BatchService
 from evermini.service.batches.worker import BatchWorker
+from evermini.service.directory import Directory
 from evermini.service.documents import Documents
 from evermini.service.files import FileService
 from evermini.service.fine_tuning.service import FineTuning
@@ -136,7 +137,9 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     stored = FileService(database, blobs)
     documents = Documents.open(settings, stored)
     jobs = JobRunner(database)
-    service = Responses(runtime, database, documents, jobs)
+    adapters = AdapterStore(database, blobs, settings.home)
+    directory = Directory(runtime, adapters, database)
+    service = Responses(directory, runtime.metrics, database, documents, jobs)
     ingests = IngestService(runtime, database, stored, documents, jobs)
 
     @asynccontextmanager
@@ -159,6 +162,8 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         openapi_url=None,  # routes read their requests themselves: see `description`
     )
     app.state.runtime = runtime
+    app.state.directory = directory
+    app.state.adapters = adapters
     app.state.settings = settings
     app.state.bodies = Bodies(settings.max_request_bytes)
     app.state.database = database
@@ -172,7 +177,6 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     )
     jobs.handle(BATCH_JOB, worker, num_slots=NUM_BATCHES)
     jobs.handle(RESPONSE_JOB, service.background, num_slots=settings.max_num_seqs, finishes=True)
-    adapters = AdapterStore.open(settings, database)
     app.state.fine_tuning = FineTuning(database, app.state.files, adapters, settings)
     tuning = TuningWorker(database, app.state.files, adapters, settings, runtime.metrics.tuning)
     if not settings.conformance_fixtures:  # whose jobs have no real files

@@ -16,6 +16,7 @@ from evermini.api.body import read_request
 from evermini.api.description import described
 from evermini.api.progress import ReadingWatch, answer_when_read
 from evermini.service import chat, wire
+from evermini.service.directory import Directory
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import ChatRequest, parse_chat
 from evermini.service.shapes import ChatAnswer, ChatChunk
@@ -31,7 +32,8 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
     runtime: Runtime = request.app.state.runtime
     wanted = await read_request(request, parse_chat)
-    served, watch, ticket = runtime.resolve(wanted.model), ReadingWatch(), chat.Ticket()
+    directory: Directory = request.app.state.directory
+    served, watch, ticket = await directory.resolve(wanted.model), ReadingWatch(), chat.Ticket()
     starting = asyncio.create_task(
         chat.start(
             served,

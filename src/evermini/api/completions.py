@@ -14,6 +14,7 @@ from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
 from evermini.api.description import described
 from evermini.service import completions, wire
+from evermini.service.directory import Directory
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import CompletionRequest, parse_completion
 from evermini.service.shapes import TextAnswer
@@ -27,8 +28,9 @@ async def create_completion(request: Request) -> Response:
     """Continue one or more prompts, at once or as a stream."""
     runtime: Runtime = request.app.state.runtime
     wanted = await read_request(request, parse_completion)
+    directory: Directory = request.app.state.directory
     run = await completions.start(
-        runtime.resolve(wanted.model),
+        await directory.resolve(wanted.model),
         wanted,
         metrics=runtime.metrics,
         arrived=request.state.arrived,

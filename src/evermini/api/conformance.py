@@ -28,6 +28,7 @@ from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import Json, parse_items
 from evermini.service.responses.run import new_body
 from evermini.service.responses.schemas import parse_response
+from evermini.storage.adapters import AdapterTable, ModelAlias
 from evermini.storage.chats import ChatStore
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
@@ -36,6 +37,7 @@ from evermini.storage.responses import ResponseStore, StoredResponse
 RESPONSES = ("resp_677efb5139a88190b512bc3fef8e535d", "resp_123", "response_id")
 COMPLETIONS = ("completion_id", "after")
 CONVERSATION = "conv_123"
+FINE_TUNED = "ft:gpt-4o-mini:acemeco:suffix:abc123"
 ITEMS = ("msg_abc", "after")
 
 _USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
@@ -95,6 +97,9 @@ def seed(database: Database) -> None:
     """Create what does not exist of the objects that the tests ask for."""
     chats, conversations = ChatStore(database), ConversationStore(database)
     responses = ResponseStore(database)
+    adapters = AdapterTable(database)
+    if adapters.alias(FINE_TUNED) is None:
+        adapters.set_alias(ModelAlias(FINE_TUNED, "mini", int(time.time())))
     for completion_id in COMPLETIONS:
         if chats.get(completion_id) is None:
             chats.add(_completion(completion_id), _messages(), {"foo": "string"})

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from evermini.errors import (
+    AdapterError,
     AuthenticationError,
     EngineError,
     EngineStoppedError,
@@ -79,6 +80,9 @@ def public(error: Exception) -> EverminiError:
             "The model failed while computing this request, so it was ended. Send it again; if that fails too, the "
             "server's log tells the cause under this request's id."
         )
+    if isinstance(error, AdapterError):  # says what does not fit, and nothing of this machine
+        log.error("adapter_error", error=error.message)
+        return error
     # As text: renderers that show local variables would write prompts into the log, and take seconds over it.
     log.error("unexpected_error", exception="".join(traceback.format_exception(error)))
     return EverminiError(
@@ -91,8 +95,8 @@ def error_response(error: Exception) -> JsonResponse:
     """Return the response for any exception."""
     shown = public(error)
     headers = {}
-    if isinstance(shown, InsufficientStorageError):
-        headers["x-should-retry"] = "false"  # clients would send it again at once, all of it
+    if isinstance(shown, InsufficientStorageError | AdapterError):
+        headers["x-should-retry"] = "false"  # it would fail again
     elif isinstance(
         shown, OverloadedError | EngineStoppedError | StorageError | UpstreamUnavailableError
     ):

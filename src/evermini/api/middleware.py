@@ -182,7 +182,7 @@ class Authentication:
         else:
             try:
                 key = await self._access.identify(_authorization(Headers(scope=scope)))
-                self._access.check_scope(key, scope["path"])
+                self._access.check_scope(key, scope["path"], scope["method"])
                 if scope["method"] == "POST":
                     await self._access.admit(key)
             except EverminiError as error:

@@ -1,4 +1,4 @@
-"""``GET /v1/models``: every name that a request's ``model`` may hold."""
+"""``/v1/models``: every name that a request's ``model`` may hold; fine-tuned ones can be deleted."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from starlette.responses import Response
 from evermini.api.description import described
 from evermini.api.errors import JsonResponse
 from evermini.service import wire
-from evermini.service.runtime import Runtime
-from evermini.service.shapes import ModelAnswer, ModelList
+from evermini.service.directory import Directory
+from evermini.service.shapes import Deleted, ModelAnswer, ModelList
 
 router = APIRouter()
 
@@ -19,8 +19,8 @@ router = APIRouter()
 @described(answer=ModelList)
 async def list_models(request: Request) -> Response:
     """List the models, each under all of its names."""
-    runtime: Runtime = request.app.state.runtime
-    listed = [wire.model(name, served.info) for name, served in runtime.names.items()]
+    directory: Directory = request.app.state.directory
+    listed = [wire.model(name, info) for name, info in await directory.list()]
     return JsonResponse({"object": "list", "data": listed})
 
 
@@ -28,5 +28,14 @@ async def list_models(request: Request) -> Response:
 @described(answer=ModelAnswer)
 async def retrieve_model(request: Request, name: str) -> Response:
     """Return one model; names may hold slashes."""
-    runtime: Runtime = request.app.state.runtime
-    return JsonResponse(wire.model(name, runtime.resolve(name).info))
+    directory: Directory = request.app.state.directory
+    return JsonResponse(wire.model(name, (await directory.resolve(name)).info))
+
+
+@router.delete("/v1/models/{name:path}")
+@described(answer=Deleted)
+async def delete_model(request: Request, name: str) -> Response:
+    """Delete a fine-tuned model, or an alias of one."""
+    directory: Directory = request.app.state.directory
+    await directory.delete(name)
+    return JsonResponse({"id": name, "object": "model", "deleted": True})

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from evermini.cli import tune_adapters
 from evermini.cli.options import with_settings
 from evermini.config import LoadedSettings, Settings
 
 if TYPE_CHECKING:
     from evermini.service.fine_tuning.spec import Hyperparameters
 
-tune = typer.Typer(help="Fine-tune models on your examples.", no_args_is_help=True)
+tune = typer.Typer(
+    help="Fine-tune models on your examples; import, export and name fine-tuned models.",
+    no_args_is_help=True,
+)
 
 _DATABASE = ("home", "database_url", "blob_url")
 _TRAINING = (*_DATABASE, "model", "weights_dir", "device", "threads", "organization")
@@ -250,3 +254,10 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+tune.command("models")(tune_adapters.list_models)
+tune.command("import")(tune_adapters.import_adapter)
+tune.command("export")(tune_adapters.export_model)
+tune.command("alias")(tune_adapters.set_alias)
+tune.command("rm")(tune_adapters.delete_models)

@@ -40,7 +40,7 @@ _TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -78,7 +78,7 @@ class GgufCheckpoint(Checkpoint):
         metadata = self._files[0].metadata
         # HF name -> (file, GGUF name). Names unknown here are kept as they are, for check_parameters to refuse.
         self._where = {
-            _hf_name(name): (file, name)
+            hf_name(name): (file, name)
             for file in self._files
             for name in file.tensors
             if name != _ROPE_FREQS
@@ -104,7 +104,7 @@ class GgufCheckpoint(Checkpoint):
         match = re.search(r"\.([qk])_proj\.", name)
         if self.config.family == "llama" and match:
             heads = self.config.num_heads if match[1] == "q" else self.config.num_kv_heads
-            values = _uninterleave(file.read(inner), heads)[start:stop]
+            values = uninterleave(file.read(inner), heads)[start:stop]
         else:
             values = file.read(inner, start, stop)
         return torch.from_numpy(np.ascontiguousarray(values))
@@ -233,19 +233,26 @@ def _open_parts(path: Path) -> list[GgufFile]:
     return [first if name == path.name else GgufFile(path.parent / name) for name in names]
 
 
-def _hf_name(name: str) -> str:
+def hf_name(name: str) -> str:
+    """Return a tensor's Hugging Face name; one that is not known here stays as it is."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if match and match[2] in _LAYER_NAMES:
-        return f"model.layers.{int(match[1])}.{_LAYER_NAMES[match[2]]}.{match[3]}"
+    if match and match[2] in LAYER_NAMES:
+        return f"model.layers.{int(match[1])}.{LAYER_NAMES[match[2]]}.{match[3]}"
     return name
 
 
-def _uninterleave(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def uninterleave(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """Undo the converter's reordering of rows: (x0 y0 x1 y1 ...) of each head back to (x0 x1 ... y0 y1 ...)."""
     pairs = values.reshape(heads, -1, 2, *values.shape[1:])
     return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def interleave(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Reorder rows as the converter does; the inverse of `uninterleave`."""
+    halves = values.reshape(heads, 2, -1, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
 
 
 def _llama3_scaling(

@@ -144,7 +144,7 @@ class Access:
             )
         return key
 
-    def check_scope(self, key: ApiKey | None, path: str) -> None:
+    def check_scope(self, key: ApiKey | None, path: str, method: str = "GET") -> None:
         """Refuse what a key may not do.
 
         Raises:
@@ -152,7 +152,7 @@ class Access:
         """
         if key is None:
             return
-        needed = scope_of(path)
+        needed = scope_of(path, method)
         if needed not in key.scopes:
             raise PermissionDeniedError(
                 f"You have insufficient permissions for this operation. Missing scope: {needed}. Ask for a key with "
@@ -298,8 +298,10 @@ def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-def scope_of(path: str) -> Scope:
-    """Return the scope that a path needs."""
+def scope_of(path: str, method: str = "GET") -> Scope:
+    """Return the scope that a request needs. Deleting a fine-tuned model takes what making one takes."""
     if path.startswith(_ADMIN_PATHS):
         return "admin"
+    if method == "DELETE" and path.startswith("/v1/models"):
+        return "files"
     return "files" if path.startswith(_FILE_PATHS) else "inference"

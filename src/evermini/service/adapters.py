@@ -267,7 +267,7 @@ class AdapterStore:
         if self.get(target) is None and catalogue.find(target) is None:
             raise InvalidRequestError(
                 f"There is no model {target!r} that {name} could mean. Give a fine-tuned model "
-                f"(`evermini tune ls --models`) or one of {', '.join(catalogue.known_names())}.",
+                f"(`evermini tune models`) or one of {', '.join(catalogue.known_names())}.",
                 param="target",
             )
         alias = ModelAlias(name, target, int(time.time()))
@@ -281,6 +281,12 @@ class AdapterStore:
     def alias(self, name: str) -> str | None:
         """Return what an alias means."""
         return self._table.alias(name)
+
+    def find(self, name: str) -> Adapter | str | None:
+        """Return the adapter that a name or an alias means, or the tier (or name of one) that an alias means."""
+        if (adapter := self.get(name)) or (target := self.alias(name)) is None:
+            return adapter
+        return self.get(target) or (target if catalogue.find(target) else None)
 
     def aliases(self) -> Sequence[ModelAlias]:
         """Return all aliases, the oldest first."""

@@ -294,6 +294,7 @@ async def _start(
         request.stop or [],
         timer,
         new_parser=new_parser(request, served.template.tool_format),
+        lease=await served.lease_adapter(),
     )
     generation.start()
     return EngineAnswer(generation, request.toolset, served.tokenizer), read

@@ -248,6 +248,7 @@ async def _start(
         request.stop or [],
         timer,
         end_ids=tokenizer.eos_ids if lists_end else frozenset(),
+        lease=await served.lease_adapter(),
     )
     generation.start()
     return EngineCompletion(request, prompts, generation, tokenizer)

@@ -55,6 +55,12 @@ async def embed(served: Served, request: EmbeddingRequest) -> Embeddings:
     """
     if isinstance(served, UpstreamModel):
         return await upstream.embed(served, request)
+    if served.adapter is not None:
+        raise InvalidRequestError(
+            f"The model `{served.info.id}` is fine-tuned to write; embeddings of different models cannot be compared. "
+            "Ask its base for embeddings, such as gpt-4.1-mini.",
+            param="model",
+        )
     width = served.worker.hidden_size
     if request.dimensions is not None and request.dimensions > width:
         raise InvalidRequestError(

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from evermini.engine.adapters import Lease
 from evermini.engine.request import (
     BATCH,
     INTERACTIVE,
@@ -87,6 +88,7 @@ class Generation:
         end_ids: Tokens that end a choice and are listed among its log-probabilities; the parameters' own
             ``stop_token_ids`` end it unseen.
         new_parser: Makes what reads tool calls out of a choice's text; ``None``: all of it is text.
+        lease: Of the adapter to run with; released when the generation ends.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Generation:
         *,
         end_ids: frozenset[int] = frozenset(),
         new_parser: Callable[[], CallParser] | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.prompts = prompts
         self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
@@ -110,6 +113,7 @@ class Generation:
         self._timer = timer
         self._end_ids = end_ids
         self._new_parser = new_parser
+        self._lease = lease
         self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._submissions: dict[int, Submission] = {}
@@ -127,8 +131,12 @@ class Generation:
             ContextLengthError: The prompt and output cannot fit.
             EngineStoppedError: The engine is stopped.
         """
-        first = self._candidates[0]
-        self._submit(first)
+        try:
+            self._submit(self._candidates[0])
+        except BaseException:
+            if self._lease is not None:
+                self._lease.release()
+            raise
         self._timer.submitted()
         self._tasks = [asyncio.create_task(self._run(candidate)) for candidate in self._candidates]
 
@@ -162,6 +170,8 @@ class Generation:
         for submission in self._submissions.values():
             submission.abort()
         self._submissions.clear()
+        if self._lease is not None:
+            self._lease.release()
         self._end_open("abort")
         self._timer.ended(self._num_generated)
 
@@ -191,7 +201,10 @@ class Generation:
     def _submit(self, candidate: Candidate) -> Submission:
         prompt = self.prompts[candidate.prompt]
         priority = BATCH if current_caller.get().is_batch else INTERACTIVE
-        submission = self._worker.submit(prompt, candidate.params, priority=priority)
+        adapter = None if self._lease is None else self._lease.adapter
+        submission = self._worker.submit(
+            prompt, candidate.params, priority=priority, adapter=adapter
+        )
         self._submissions[candidate.index] = submission
         return submission
 

@@ -59,10 +59,8 @@ def load_checkpoint(
         DownloadError: The weights could not be fetched.
         ModelError: The checkpoint cannot be used.
     """
-    entry, source = what_to_serve(fspath(name_or_path))
-    checkpoint = open_checkpoint(
-        pull.ensure(source, home=settings.home, progress=progress, weights_dir=settings.weights_dir)
-    )
+    entry, _ = what_to_serve(fspath(name_or_path))
+    checkpoint = open_model(name_or_path, settings, progress=progress)
     model = load_model(
         checkpoint,
         device=settings.device,
@@ -71,6 +69,16 @@ def load_checkpoint(
         home=settings.home,
     )
     return Loaded(entry, checkpoint, model, Tokenizer(checkpoint.tokenizer))
+
+
+def open_model(
+    name_or_path: str | PathLike[str], settings: Settings, *, progress: OnFetch | None = None
+) -> Checkpoint:
+    """Fetch (if need be) and open a checkpoint, whose weights stay on disk; as `load_checkpoint`."""
+    _, source = what_to_serve(fspath(name_or_path))
+    return open_checkpoint(
+        pull.ensure(source, home=settings.home, progress=progress, weights_dir=settings.weights_dir)
+    )
 
 
 def load_indexer(
@@ -132,6 +140,15 @@ def _load_index(name: str, settings: Settings, progress: OnFetch | None) -> Load
             "there, switch recall off.",
             param="recall_index",
         ) from error
+
+
+def name_of_tier(tier: str, settings: Settings) -> str:
+    """Return what to load for a tier: what the settings serve under its names, else its own weights."""
+    for name in settings.models:
+        entry, _ = what_to_serve(name)
+        if entry is not None and entry.tier == tier:
+            return name
+    return tier
 
 
 def what_to_serve(name: str) -> tuple[catalogue.CatalogueEntry | None, str]:

@@ -23,6 +23,7 @@ class ModelInfo:
         context_window: Tokens of a chat's prompt at most; without recall, of prompt and output together.
             ``None``: not known, for another server answers and does not say.
         system_fingerprint: Changes whenever the same request may get other tokens.
+        owned_by: The organisation in a fine-tuned model's name.
     """
 
     id: str
@@ -30,6 +31,7 @@ class ModelInfo:
     created: int
     context_window: int | None
     system_fingerprint: str
+    owned_by: str = "evermini"
 
     @property
     def names(self) -> tuple[str, ...]:

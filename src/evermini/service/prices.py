@@ -43,6 +43,12 @@ PRICES = {
     "gpt-4.1": Price(2.00, 0.50, 8.00),
 }
 """By the beginning of a model's id; the longest that fits counts."""
+FINE_TUNED_PRICES = {
+    "gpt-4.1-nano": Price(0.20, 0.05, 0.80),
+    "gpt-4.1-mini": Price(0.80, 0.20, 3.20),
+    "gpt-4.1": Price(3.00, 0.75, 12.00),
+}
+"""The same for names that begin with ``ft:``, by their base."""
 
 
 TRAINING_PRICES = {"gpt-4.1-nano": 1.50, "gpt-4.1-mini": 5.00, "gpt-4.1": 25.00}
@@ -57,8 +63,10 @@ def training_price(model: str) -> float:
 
 def price_of(model: str) -> Price:
     """Return the list price of a model; one that has none is counted as gpt-4.1-mini."""
-    fitting = [name for name in PRICES if model.removeprefix("ft:").startswith(name)]
-    return PRICES[max(fitting, key=len)] if fitting else GPT_4_1_MINI
+    prices = FINE_TUNED_PRICES if model.startswith("ft:") else PRICES
+    base = model.removeprefix("ft:")
+    fitting = [name for name in prices if base.startswith(name)]
+    return prices[max(fitting, key=len, default="gpt-4.1-mini")]
 
 
 def machine_price(

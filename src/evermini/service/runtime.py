@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Self
 
 from evermini.backends.spec import parse_upstream
-from evermini.config import Settings
+from evermini.config import ADAPTER_MEMORY, Settings
+from evermini.engine.adapters import AdapterCache, Lease
 from evermini.engine.engine import Engine, EngineStats
 from evermini.engine.worker import EngineWorker
 from evermini.errors import ConfigError, ModelNotFoundError
 from evermini.models.batch import Model
 from evermini.models.config import ModelConfig
+from evermini.models.lora import LoraWeights
 from evermini.recall.select import SPARING, Policy
 from evermini.service.loading import load_checkpoint, load_indexer
 from evermini.service.memory import kv_blocks
@@ -40,6 +42,19 @@ _SMALL = 15_000_000
 
 
 @dataclass(frozen=True)
+class AdapterSource:
+    """Where a fine-tuned model's adapter comes from.
+
+    Attributes:
+        key: Hash of its content.
+        read: Reads it. Blocks.
+    """
+
+    key: bytes
+    read: Callable[[], LoraWeights]
+
+
+@dataclass(frozen=True)
 class ServedModel:
     """A loaded model and all it takes to talk to it. Its owner closes it."""
 
@@ -52,6 +67,11 @@ class ServedModel:
     """Reads prompts longer than the engine's window; ``None``: they are refused."""
     weights: str = ""
     """Hash of the checkpoint; the same file has the same one everywhere."""
+    adapters: AdapterCache = field(default_factory=lambda: AdapterCache(ADAPTER_MEMORY))
+    """Adapters in memory."""
+    adapter: AdapterSource | None = None
+    """What it answers with, on top of its weights. What finds passages in long prompts, and reads their parts for a
+    question about all of them, is the model without it."""
 
     @property
     def is_alive(self) -> bool:
@@ -62,8 +82,28 @@ class ServedModel:
         """Return how many tokens a plain text has."""
         return len(self.tokenizer.encode(text))
 
+    def tuned(self, info: ModelInfo, adapter: AdapterSource) -> ServedModel:
+        """Return this model with an adapter, under a name of its own. It shares everything; only this one is closed."""
+        return replace(self, info=info, adapter=adapter)
+
+    async def lease_adapter(self) -> Lease | None:
+        """Return a lease of its adapter, once that is in memory; ``None`` if it has none.
+
+        Raises:
+            AdapterError: It cannot be read, or does not fit the model or the memory.
+            StorageError: Its files cannot be read.
+            EngineStoppedError: The model is closed.
+        """
+        source = self.adapter
+        if source is None:
+            return None
+        return await self.adapters.lease(
+            source.key, lambda: self.worker.load_adapter(source.read())
+        )
+
     def close(self, timeout: float = 10.0) -> None:
         """Stop the engine; what still runs after ``timeout`` seconds is aborted."""
+        self.adapters.close()
         if self.reader is not None:
             self.reader.close()
         self.worker.stop(timeout)
@@ -103,6 +143,11 @@ class Runtime:
     def default(self) -> Served:
         """The model that was named first."""
         return self.models[0]
+
+    @property
+    def answers_to_any_name(self) -> bool:
+        """Whether a name that no model has means the default."""
+        return self._answers_to_any_name
 
     @property
     def names(self) -> Mapping[str, Served]:
@@ -213,6 +258,7 @@ def load_tier(
         GrammarCompiler(tokenizer),
         reader,
         checkpoint.fingerprint,
+        AdapterCache(settings.adapter_memory),
     )
 
 

@@ -73,7 +73,7 @@ def model(name: str, info: ModelInfo) -> Json:
         "id": name,
         "object": "model",
         "created": info.created,
-        "owned_by": "evermini",
+        "owned_by": info.owned_by,
         "context_window": info.context_window,
     }
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
 
 from evermini.errors import InvalidRequestError
 from evermini.text.pretokenize import cut_long_text
@@ -116,6 +117,16 @@ class Tokenizer:
         if cached is None:
             cached = self._bytes[token_id] = self._find_bytes(token_id)
         return cached
+
+    def to_json(self) -> str:
+        """Return it as a ``tokenizer.json``, which the `tokenizers` library and `transformers` read."""
+        backend = Backend.from_str(self._backend.to_str())
+        if backend.decoder is None:  # none is needed here: see `token_bytes`
+            spaces = [decoders.Replace(METASPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+            backend.decoder = (
+                decoders.ByteLevel() if self._byte_level else decoders.Sequence(spaces)
+            )
+        return backend.to_str()
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token by its text as stored in the vocabulary, such as ``<|im_end|>``."""

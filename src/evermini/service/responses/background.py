@@ -19,8 +19,10 @@ from functools import partial
 
 from evermini.errors import EngineStoppedError, OverloadedError, StorageError
 from evermini.service.caller import Caller, current_caller
+from evermini.service.directory import Directory
 from evermini.service.documents import Documents
 from evermini.service.jobs import JobRunner, LeaveJobError
+from evermini.service.metrics import Metrics
 from evermini.service.responses.context import Contexts
 from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import Json
@@ -32,7 +34,6 @@ from evermini.service.responses.run import (
     start_chat,
 )
 from evermini.service.responses.schemas import ResponseRequest, parse_response
-from evermini.service.runtime import Runtime
 from evermini.storage.database import Database
 from evermini.storage.jobs import Job, LeaseLostError
 from evermini.storage.responses import Addition, ResponseStore, StoredResponse
@@ -59,13 +60,15 @@ class Background:
 
     def __init__(
         self,
-        runtime: Runtime,
+        directory: Directory,
+        metrics: Metrics,
         database: Database,
         contexts: Contexts,
         documents: Documents,
         jobs: JobRunner,
     ) -> None:
-        self._runtime = runtime
+        self._directory = directory
+        self._metrics = metrics
         self._database = database
         self._contexts = contexts
         self._documents = documents
@@ -176,7 +179,7 @@ class Background:
         log_of: _EventLog,
     ) -> ResponseRun:
         context = [*await self._contexts.history(request), *stored.items]
-        served = self._runtime.resolve(request.model)
+        served = await self._directory.resolve(request.model)
         while True:
             try:
                 running = await start_chat(
@@ -185,7 +188,7 @@ class Background:
                     context,
                     writer.body,
                     documents=self._documents,
-                    metrics=self._runtime.metrics,
+                    metrics=self._metrics,
                 )
                 return ResponseRun(writer, running, log_of.save)
             except OverloadedError:  # nobody waits at the other end: the response can

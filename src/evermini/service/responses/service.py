@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.service.directory import Directory
 from evermini.service.documents import Documents
 from evermini.service.image_tokens import count_images
 from evermini.service.jobs import JobRunner
+from evermini.service.metrics import Metrics
 from evermini.service.prompting import count_tokens
 from evermini.service.reading import OnProgress
 from evermini.service.responses.background import Background
@@ -21,7 +23,6 @@ from evermini.service.responses.run import (
     start_chat,
 )
 from evermini.service.responses.schemas import ContextRequest, ResponseRequest
-from evermini.service.runtime import Runtime
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
 from evermini.storage.responses import Addition, ResponseStore, StoredResponse
@@ -31,21 +32,28 @@ class Responses:
     """The responses of one server.
 
     Args:
-        runtime: The loaded models.
+        directory: The models.
+        metrics: Where latencies are reported.
         database: Where responses are kept.
         documents: Reads images and files.
         jobs: What works on those that nobody waits for.
     """
 
     def __init__(
-        self, runtime: Runtime, database: Database, documents: Documents, jobs: JobRunner
+        self,
+        directory: Directory,
+        metrics: Metrics,
+        database: Database,
+        documents: Documents,
+        jobs: JobRunner,
     ) -> None:
-        self._runtime = runtime
+        self._directory = directory
+        self._metrics = metrics
         self._documents = documents
         self._database = database
         self._store = ResponseStore(database)
         self.contexts = Contexts(database)
-        self.background = Background(runtime, database, self.contexts, documents, jobs)
+        self.background = Background(directory, metrics, database, self.contexts, documents, jobs)
 
     async def start(
         self, request: ResponseRequest, arrived: float, *, progress: OnProgress | None = None
@@ -61,7 +69,7 @@ class Responses:
             RequestError: The request cannot be served.
             EngineStoppedError: The engine is stopped.
         """
-        served = self._runtime.resolve(request.model)
+        served = await self._directory.resolve(request.model)
         items = await self.contexts.items(request)
         context = [*await self.contexts.history(request), *items]
         body = new_body(request, served.info.id, "in_progress")
@@ -71,7 +79,7 @@ class Responses:
             context,
             body,
             documents=self._documents,
-            metrics=self._runtime.metrics,
+            metrics=self._metrics,
             arrived=arrived,
             progress=progress,
         )
@@ -98,7 +106,7 @@ class Responses:
         Raises:
             RequestError: The request cannot be served.
         """
-        served = self._runtime.resolve(request.model)
+        served = await self._directory.resolve(request.model)
         items = await self.contexts.items(request)
         # What is wrong with the request is said now, not in a response that has failed.
         await as_chat(request, [*await self.contexts.history(request), *items])
@@ -113,7 +121,7 @@ class Responses:
         Raises:
             RequestError: The request cannot be served.
         """
-        served = self._runtime.resolve(request.model)
+        served = await self._directory.resolve(request.model)
         items = await self.contexts.items(request)
         context = [*await self.contexts.history(request), *items]
         wanted = await self._documents.read(await as_chat(request, context))

@@ -1,0 +1,282 @@
+"""Fine-tuned models over HTTP: answered by their adapters, listed, priced, deleted; unknown ones say how to import."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from evermini.config import Settings
+from evermini.engine.adapters import AdapterCache
+from evermini.models.checkpoint import open_checkpoint
+from evermini.service.access import new_key
+from evermini.service.adapters import AdapterStore
+from evermini.service.metering import FLUSH_SECONDS
+from evermini.service.prices import price_of
+from evermini.service.runtime import Runtime, ServedModel
+from evermini.storage.database import Database
+from evermini.storage.keys import KeyStore
+from evermini.storage.usage import UsageStore
+from tests.adapters import write_adapter
+from tests.serving import HELLO, assert_error, make_client, serving, wait_for
+
+FIRST = "ft:gpt-4.1-nano-2025-04-14:acme:one:aaaa1111"
+SECOND = "ft:gpt-4.1-nano-2025-04-14:acme:two:bbbb2222"
+OLD = "ft:gpt-4o-mini-2024-07-18:acme::old00000"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    with Database.open(Settings(home=tmp_path)) as database:
+        yield database
+
+
+@pytest.fixture
+def store(tmp_path: Path, nano_path: Path, database: Database) -> AdapterStore:
+    store = AdapterStore.open(Settings(home=tmp_path), database)
+    config = open_checkpoint(nano_path).config
+    for seed, name in enumerate((FIRST, SECOND)):
+        folder = write_adapter(tmp_path / f"adapter{seed}", config, seed=seed, rank=4)
+        store.add(folder, name=name, tier="nano", base=config)
+    return store
+
+
+@pytest.fixture
+def url(runtime: Runtime, tmp_path: Path, database: Database, store: AdapterStore) -> Iterator[str]:
+    with serving(runtime, Settings(home=tmp_path), database) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with make_client(url) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, model: str, **changes: Any) -> Any:
+    options: dict[str, Any] = {"messages": HELLO, "max_tokens": 12, "temperature": 0, **changes}
+    return client.chat.completions.create(model=model, **options)
+
+
+def text_of(answer: Any) -> str:
+    return str(answer.choices[0].message.content)
+
+
+def test_each_name_is_answered_by_its_adapter(client: openai.OpenAI):
+    base = ask(client, "gpt-4.1-nano")
+    answers = {name: ask(client, name) for name in (FIRST, SECOND)}
+    assert {answer.model for answer in answers.values()} == {FIRST, SECOND}
+    assert len({text_of(base), *map(text_of, answers.values())}) == 3
+    prints = {base.system_fingerprint, *(a.system_fingerprint for a in answers.values())}
+    assert len(prints) == 3
+    again = ask(client, FIRST)
+    assert text_of(again) == text_of(answers[FIRST])
+    assert text_of(ask(client, "gpt-4.1-nano")) == text_of(base)
+
+
+def test_all_at_once_answer_as_alone(client: openai.OpenAI):
+    names = [FIRST, "gpt-4.1-nano", SECOND] * 3
+    alone = {name: text_of(ask(client, name)) for name in set(names)}
+    found: list[str | None] = [None] * len(names)
+
+    def work(number: int) -> None:
+        found[number] = text_of(ask(client, names[number]))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(len(names))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [alone[name] for name in names]
+
+
+def test_prompts_are_cached_per_adapter(client: openai.OpenAI):
+    long = [{"role": "user", "content": "The quick brown fox. " * 60}]
+    for name in (FIRST, SECOND, "gpt-4.1-nano"):
+        details = [
+            ask(client, name, messages=long, max_tokens=1).usage.prompt_tokens_details
+            for _ in range(2)
+        ]
+        assert details[0].cached_tokens == 0, f"{name} shared another model's memory"
+        assert details[1].cached_tokens > 200
+
+
+def test_every_endpoint_takes_them(client: openai.OpenAI):
+    text = client.completions.create(model=FIRST, prompt="Once", max_tokens=8, temperature=0)
+    base = client.completions.create(
+        model="gpt-4.1-nano", prompt="Once", max_tokens=8, temperature=0
+    )
+    assert text.model == FIRST
+    assert text.choices[0].text != base.choices[0].text
+    response = client.responses.create(
+        model=FIRST, input="Hello!", max_output_tokens=12, temperature=0
+    )
+    assert response.model == FIRST
+    assert response.output_text == text_of(ask(client, FIRST))
+    background = client.responses.create(
+        model=FIRST, input="Hello!", max_output_tokens=12, temperature=0, background=True
+    )
+    wait_for(lambda: client.responses.retrieve(background.id).status in ("completed", "incomplete"))
+    assert client.responses.retrieve(background.id).output_text == response.output_text
+    stream = ask(client, FIRST, stream=True)
+    chunks = list(stream)
+    assert {chunk.model for chunk in chunks} == {FIRST}
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == response.output_text
+    with pytest.raises(openai.BadRequestError, match="fine-tuned to write"):
+        client.embeddings.create(model=FIRST, input="x")
+
+
+def test_several_choices_share_an_adapter(client: openai.OpenAI):
+    answer = ask(client, FIRST, n=3, logprobs=True, top_logprobs=1)
+    assert {choice.message.content for choice in answer.choices} == {text_of(ask(client, FIRST))}
+
+
+def test_they_are_listed_and_retrieved(client: openai.OpenAI, store: AdapterStore):
+    store.set_alias(OLD, FIRST)
+    listed = {model.id: model for model in client.models.list()}
+    assert {"gpt-4.1-nano", "nano", FIRST, SECOND, OLD} <= listed.keys()
+    assert listed[FIRST].owned_by == listed[OLD].owned_by == "acme"
+    assert listed["nano"].owned_by == "evermini"
+    stored = store.get(FIRST)
+    assert stored is not None
+    assert client.models.retrieve(FIRST).created == stored.created_at
+    assert client.models.retrieve(OLD).id == OLD
+
+
+def test_an_alias_goes_on_answering(client: openai.OpenAI, store: AdapterStore):
+    with pytest.raises(openai.NotFoundError):
+        ask(client, OLD)
+    store.set_alias(OLD, FIRST)
+    answer = ask(client, OLD)
+    assert answer.model == FIRST
+    assert text_of(answer) == text_of(ask(client, FIRST))
+    store.set_alias(OLD, "nano")
+    assert ask(client, OLD).model == "gpt-4.1-nano-2025-04-14"
+
+
+def test_an_unknown_one_says_how_to_import(url: str, client: openai.OpenAI):
+    for path, body in (
+        ("chat/completions", {"messages": HELLO}),
+        ("responses", {"input": "x"}),
+        ("completions", {"prompt": "x"}),
+    ):
+        error = assert_error(httpx.post(f"{url}/v1/{path}", json={"model": OLD, **body}), 404)
+        assert error["code"] == "model_not_found"
+        assert error["param"] == "model"
+        assert f"evermini tune import FOLDER --as {OLD}" in error["message"]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve(OLD)
+
+
+def test_a_tier_that_is_not_run_here(
+    client: openai.OpenAI, store: AdapterStore, tmp_path: Path, nano_path: Path
+):
+    name = "ft:gpt-4.1-2025-04-14:acme::cccc3333"
+    folder = write_adapter(tmp_path / "full", open_checkpoint(nano_path).config)
+    store.add(folder, name=name, tier="full")
+    with pytest.raises(openai.NotFoundError, match="evermini serve --model full"):
+        ask(client, name)
+    assert name not in {model.id for model in client.models.list()}
+
+
+def test_one_that_does_not_fit_is_an_error_that_says_so(
+    client: openai.OpenAI, store: AdapterStore, tmp_path: Path, nano_path: Path
+):
+    wider = replace(open_checkpoint(nano_path).config, hidden_size=640)
+    name = "ft:gpt-4.1-nano-2025-04-14:acme::dddd4444"
+    store.add(write_adapter(tmp_path / "wide", wider, layers=[0]), name=name, tier="nano")
+    for _ in range(2):
+        with pytest.raises(openai.InternalServerError, match="trained on another model"):
+            ask(client, name)
+    assert text_of(ask(client, FIRST)), "the engine lives"
+
+
+def test_deleting(client: openai.OpenAI, store: AdapterStore, tmp_path: Path):
+    ask(client, FIRST)
+    store.set_alias(OLD, SECOND)
+    deleted = client.models.delete(FIRST)
+    assert (deleted.id, deleted.object, deleted.deleted) == (FIRST, "model", True)
+    with pytest.raises(openai.NotFoundError):
+        ask(client, FIRST)
+    with pytest.raises(openai.NotFoundError):
+        client.models.delete(FIRST)
+    assert client.models.delete(OLD).deleted
+    assert store.get(SECOND) is not None, "only the alias is gone"
+    for name in ("gpt-4.1-nano", "nano"):
+        with pytest.raises(openai.PermissionDeniedError, match="no fine-tuned"):
+            client.models.delete(name)
+
+
+def test_deleting_takes_the_scope_of_training(url: str, database: Database, store: AdapterStore):
+    secrets = {}
+    for scope in ("inference", "files"):
+        secret, key = new_key("test", scopes=[scope])
+        KeyStore(database).add(key)
+        secrets[scope] = secret
+    with make_client(url, api_key=secrets["inference"]) as client:
+        assert text_of(ask(client, FIRST))
+        with pytest.raises(openai.PermissionDeniedError, match="Missing scope: files"):
+            client.models.delete(FIRST)
+    with make_client(url, api_key=secrets["files"]) as client:
+        assert client.models.delete(FIRST).deleted
+
+
+def test_tokens_are_counted_under_its_name_and_price(client: openai.OpenAI, database: Database):
+    used = ask(client, FIRST).usage
+    rows: list[Any] = []
+
+    def counted() -> bool:
+        rows[:] = UsageStore(database).totals(0, 2**40, group_by=("model",))
+        return bool(rows)
+
+    wait_for(counted, 10 * FLUSH_SECONDS)
+    (row,) = rows
+    assert row.group["model"] == FIRST
+    assert (row.input_tokens, row.output_tokens) == (used.prompt_tokens, used.completion_tokens)
+    assert price_of(FIRST).output == 2 * price_of("gpt-4.1-nano").output
+    assert price_of("ft:gpt-4.1-mini-2025-04-14:acme::x").input == 0.80
+
+
+def test_adapters_come_and_go_under_load(
+    nano: ServedModel, tmp_path: Path, nano_path: Path, database: Database, store: AdapterStore
+):
+    """Room for two of five: all are loaded on demand and dropped, while each goes on answering as it does alone."""
+    config = open_checkpoint(nano_path).config
+    names = [FIRST, SECOND]
+    for seed in (5, 6, 7):
+        name = f"ft:gpt-4.1-nano-2025-04-14:acme::extra{seed}"
+        folder = write_adapter(tmp_path / f"extra{seed}", config, seed=seed, rank=4, strength=1.0)
+        store.add(folder, name=name, tier="nano")
+        names.append(name)
+    cache = AdapterCache(2 * 2_500_000)
+    with (
+        serving(Runtime([replace(nano, adapters=cache)]), Settings(home=tmp_path), database) as url,
+        make_client(url) as client,
+    ):
+        alone = {name: text_of(ask(client, name)) for name in names}
+        assert len(set(alone.values())) == len(names)
+        assert cache.num_loads == 5
+        wrong: list[str] = []
+
+        def work(start: int) -> None:
+            for step in range(6):
+                name = names[(start + 2 * step) % len(names)]
+                if text_of(ask(client, name)) != alone[name]:
+                    wrong.append(name)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert cache.num_loads > 5
+        assert 0 < cache.num_bytes <= cache.max_bytes
+    cache.close()
