@@ -10,7 +10,9 @@ import torch
 from evermini.models.checkpoint import open_checkpoint
 from evermini.models.decoder import Decoder
 from evermini.models.load import load_model
+from tests.adapters import random_lora
 from tests.batches import make_batch
+from tests.parity.test_adapters import run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -46,3 +48,16 @@ def test_batched_decode_is_alone(nano_path: Path) -> None:
             make_batch([(IDS[:length], 0, list(range(10)))]), model.new_kv_cache(10)
         )
         assert torch.allclose(together[row], alone[0], atol=1e-2)
+
+
+def test_many_adapters_in_a_batch_follow_the_cpu(nano_path: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(nano_path)
+    oracle, model = Decoder(checkpoint), load_model(checkpoint, device="cuda", precision="fp32")
+    loras = [
+        random_lora(tmp_path / str(n), checkpoint.config, seed=n, rank=2 + n) for n in range(8)
+    ]
+    prompts = [IDS[n : n + 20] for n in range(9)]
+    expected = run(oracle, prompts, [None, *map(oracle.load_adapter, loras)])
+    actual = run(model, prompts, [None, *map(model.load_adapter, loras)])
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-2)
