@@ -73,7 +73,8 @@ class BlobWriter:
                 discard()
                 self._file.closed = True  # type: ignore[misc]  # else its end would upload it
             else:
-                self._file.close()
+                self._file.close()  # on a full disk it fails again
+        with suppress(StorageError):
             self._store.delete([self.name])
 
 
