@@ -14,12 +14,14 @@ import httpx
 import openai
 import pytest
 
+from evermini import LLM
 from evermini.backends.spec import UpstreamSpec
 from evermini.config import Settings, load_settings
+from evermini.errors import UnsupportedParameterError
 from evermini.service.runtime import Runtime, ServedModel
 from evermini.service.upstream.load import connect, load_upstream
 from tests.long_texts import NEEDLES, story
-from tests.serving import assert_error, make_client, serving, wait_for
+from tests.serving import assert_error, make_client, reading, serving, wait_for
 
 NAME = "behind"
 START = int(time.time()) - 60
@@ -271,6 +273,10 @@ def test_tokens_are_metered_as_the_engine_counts_them(url, behind):
     answer = behind.chat.completions.create(model=NAME, messages=HELLO, max_completion_tokens=9)
     assert answer.usage is not None
     wait_for(lambda: total() == before + answer.usage.completion_tokens)
+    assert (
+        f'evermini_choices_total{{finished_reason="length",model_name="{NAME}"}}'
+        in httpx.get(f"{url}/metrics").text
+    )
 
 
 # Prompts that are longer than the engine's window
@@ -335,6 +341,47 @@ def test_a_prompt_that_fits_is_sent_whole_and_counted_by_the_engine(long_url, cl
     assert answer.x_evermini["reading"] == "dense"
     assert answer.choices[0].message.content == direct.choices[0].message.content
     assert answer.usage.prompt_tokens == direct.usage.prompt_tokens
+
+
+def test_what_seems_to_fit_and_does_not_is_read_in_excerpts(short_engine, nano, tmp_path):
+    """The engine's window is said to be larger than it is, as where its tokens are more than ours."""
+    spec = UpstreamSpec(NAME, short_engine, model="gpt-4.1-nano", window=30_000)
+    served = connect(spec, Settings())
+    _, question, answer = NEEDLES[150]
+    content = [
+        {"type": "text", "text": story(seed=6, num_lines=480)},
+        {"type": "text", "text": question},
+    ]
+    with (
+        reading(nano, tmp_path) as reader_of,
+        Runtime([served]) as runtime,
+        serving(runtime) as url,
+        make_client(url, timeout=300) as client,
+    ):
+        served.reader = reader_of.reader
+        read = client.chat.completions.create(
+            model=NAME,
+            messages=[{"role": "user", "content": content}],
+            max_completion_tokens=24,
+            temperature=0,
+            extra_body={"x_evermini": {"why": True}},
+        )
+    assert read.x_evermini["reading"] == "recall"
+    assert answer in read.choices[0].message.content
+    assert 8192 < read.usage.prompt_tokens < 30_000
+
+
+def test_the_python_api_and_its_answers_are_the_same(base_url, client):
+    wanted: Any = {"max_completion_tokens": 8, "temperature": 0}
+    with LLM(f"{NAME}={base_url}/v1?model=gpt-4.1-nano", recall=False) as llm:
+        answer = llm.chat(HELLO, **wanted)
+        pieces = [delta.text for delta in llm.chat(HELLO, stream=True, **wanted)]
+        assert llm.native_window > 8192  # an Evermini reads what is longer itself
+        with pytest.raises(UnsupportedParameterError):
+            llm.count_tokens("Hi")
+    direct = client.chat.completions.create(model="gpt-4.1-nano", messages=HELLO, **wanted)
+    assert answer.text == "".join(pieces) == direct.choices[0].message.content
+    assert answer.usage.completion_tokens == direct.usage.completion_tokens
 
 
 def test_read_whole_because_it_is_asked_for_the_engine_refuses_it_with_its_counts(long_url):

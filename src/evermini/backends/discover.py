@@ -60,8 +60,7 @@ def _choose(names: list[str], spec: UpstreamSpec) -> str:
         reason = "has several models, none of them by that name" if names else "has no model"
     there = f" It has: {', '.join(names[:20])}." if names else ""
     raise UpstreamError(
-        f"The engine behind {spec.name} {reason}.{there} Its operator names one: "
-        f"{spec.name}={spec.url}?model=NAME."
+        f"The engine behind {spec.name} {reason}.{there} Its operator names one with ?model=NAME."
     )
 
 

@@ -91,12 +91,15 @@ class UpstreamAnswer:
             self.abort()
 
     async def _delta(self, part: ChatPart) -> ChatDelta | None:
+        message = part.message
+        text = (message.content or "") + (message.refusal or "")
         if part.index not in self._open:
+            if part.index < len(self._choices) and not (text or message.tool_calls):
+                return None  # some engines have a last word about a choice that has ended
             raise UpstreamError(
                 f"The engine behind this model wrote to choice {part.index}, which is none or has ended."
             )
-        choice, message = self._choices[part.index], part.message
-        text = (message.content or "") + (message.refusal or "")
+        choice = self._choices[part.index]
         calls = tuple(
             piece
             for number, call in enumerate(message.tool_calls or ())
@@ -195,10 +198,10 @@ async def start(
         return await ask(prompt), prompt.recalled
     except ContextLengthError as error:
         served.forget()  # it may have been restarted with another window
-        # By our tokens it fitted, by the engine's it does not.
         if prompt.recalled is not None or served.reader is None or request.reading != "auto":
             raise
-        shorter = await excerpts(served.reader, request, found.window, progress)
+        # By our tokens it fitted, by the engine's it does not: so the window is shorter than the prompt.
+        shorter = await excerpts(served.reader, request, prompt.num_tokens, progress)
         if shorter is None:
             raise error
         return await ask(shorter), shorter.recalled

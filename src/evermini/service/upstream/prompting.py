@@ -72,15 +72,19 @@ async def make_prompt(
 
 
 async def excerpts(
-    reader: LongReader, request: ChatRequest, window: int | None, progress: OnProgress | None
+    reader: LongReader, request: ChatRequest, window: int, progress: OnProgress | None
 ) -> Prompt | None:
     """Return a prompt with the excerpts that the question needs, or ``None`` if there is no long text in it.
+
+    Args:
+        reader: Finds them.
+        request: The conversation.
+        window: Tokens that the engine takes; a share of them is left free.
+        progress: Told how an ingest goes.
 
     Raises:
         ContextLengthError: The prompt is too long, or what must stay whole is.
     """
-    if window is None:
-        return None
     plan = await reader.plan(request, window=int(window * _SHARE))
     if plan is None:
         return None
