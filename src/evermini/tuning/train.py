@@ -294,8 +294,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure on all held-out examples, keep the epoch's adapter, and stop if it does not get better."""
-        if self._was_stopped:
-            return
+        epochs = self._spec.hyperparameters.n_epochs
+        assert isinstance(epochs, int), "resolved before"
+        if state.global_step % (state.max_steps // epochs):
+            return  # told to stop on the way
         if self._trainer.eval_dataset is not None:
             self._trainer.evaluate(metric_key_prefix="full_valid")
             full = self._shown("full_valid")
