@@ -183,6 +183,31 @@ def test_what_cannot_be_read_is_a_400_with_its_place(
     assert says in error["message"]
 
 
+@pytest.mark.parametrize("path", ["responses", "responses/input_tokens"])
+def test_responses_name_the_item_and_the_part(base_url: str, path: str):
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    bad = {"type": "input_file", "file_id": "file-none"}
+    output = {"type": "function_call_output", "call_id": "c1"}
+    text = {"type": "input_text", "text": "What is it?"}
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+    for items, param in (
+        ([{"role": "user", "content": [text, bad]}], "input[0].content[1].file_id"),
+        ([{"role": "user", "content": [image]}], "input[0].content[0].image_url"),
+        (
+            [{"role": "user", "content": "Hi"}, call, {**output, "output": [text, bad]}],
+            "input[2].output[1].file_id",
+        ),
+        ([{"role": "user", "content": [{"type": "input_file"}]}], "input[0].content[0].file_id"),
+        (
+            [{"role": "user", "content": [{**text, "file_id": "x"}]}],
+            "input[0].content[0].file_id",
+        ),
+    ):
+        body = {"model": MODEL, "input": items, "instructions": "Be brief."}
+        error = assert_error(httpx.post(f"{base_url}/v1/{path}", json=body), 400)
+        assert error["param"] == param
+
+
 def test_only_users_and_tools_send_files(base_url: str):
     for role in ("system", "assistant"):
         content = [file_part(b"hi", "a.txt")]

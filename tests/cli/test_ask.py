@@ -6,6 +6,7 @@ import re
 import pytest
 
 from evermini.cli.ask import build_prompt
+from tests.images import data_url, encoded, text_image
 from tests.pdf_files import make_pdf
 
 pytestmark = pytest.mark.usefixtures("loaded_nano")
@@ -49,6 +50,38 @@ def test_a_file_answers_the_question(evermini, tmp_path):
     (tmp_path / "note.txt").write_text("The secret word is banana.")
     result = evermini("ask", "-f", "note.txt", "--max-tokens", "20", "What is the secret word?")
     assert "banana" in result.out
+
+
+def test_an_image_is_read_named_or_piped(evermini, llm, tmp_path, monkeypatch):
+    data = encoded(text_image(["CORNER SHOP", "TOTAL\t17.45"]))
+    (tmp_path / "receipt.png").write_bytes(data)
+    seen = []
+    real = llm.chat
+
+    def spy(messages, **params):
+        seen.append(messages[-1]["content"])
+        return real(messages, **params)
+
+    monkeypatch.setattr(llm, "chat", spy)
+    asked = ("--max-tokens", "8", "--json", "What is the total?")
+    results = [
+        evermini("ask", "-f", "receipt.png", *asked),
+        evermini("ask", *asked, stdin=data),
+    ]
+    for content, result in zip(seen, results, strict=True):
+        assert result.code == 0, result.err
+        image, text = content
+        assert image["image_url"]["url"] == data_url(data, "")
+        assert text["text"] == "What is the total?"
+
+
+def test_a_scanned_pdf_is_read_if_it_is_named(evermini, tmp_path):
+    text_image(["Invoice 4711"]).save(tmp_path / "scan.pdf", "PDF")
+    result = evermini("ask", "-f", "scan.pdf", "--max-tokens", "2", "Which invoice?")
+    assert result.code == 0
+    assert "no text" not in result.err
+    skipped = evermini("ask", "-f", ".", "Which invoice?")
+    assert "PDF without text" in skipped.err
 
 
 def test_piped_input_alone_is_the_question(evermini):

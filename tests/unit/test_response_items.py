@@ -21,7 +21,7 @@ USER = {"role": "user", "content": "Weather?"}
 
 
 def messages(*items: dict[str, Any]) -> list[dict[str, Any]]:
-    return as_messages(parse_items(list(items), "input"), "input")
+    return [message for message, _ in as_messages(parse_items(list(items), "input"), "input")]
 
 
 class TestItems:

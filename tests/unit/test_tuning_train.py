@@ -160,7 +160,11 @@ def test_seeds_decide_and_an_interruption_does_not(base: Path, tmp_path: Path, m
     }
 
     parts = Reports()
-    for after in (1, 2, 4):  # stops after one step more: in the first epoch, at its end, in the second
+    for after in (
+        1,
+        2,
+        4,
+    ):  # stops after one step more: in the first epoch, at its end, in the second
         seen = len(parts.losses())
 
         def stop(after: int = after, seen: int = seen) -> bool:

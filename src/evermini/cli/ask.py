@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import sys
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from evermini.cli.files import ExcludeFlag, collect_documents, piped_input, too_long_by_folder
+from evermini.cli.files import (
+    ExcludeFlag,
+    collect_documents,
+    piped_input,
+    split_images,
+    too_long_by_folder,
+)
 from evermini.cli.options import MODEL_SETTINGS, with_settings
 from evermini.config import LoadedSettings
 from evermini.errors import InvalidRequestError
@@ -44,7 +51,8 @@ def ask(
         typer.Option(
             "--file",
             "-f",
-            help="File (text, PDF), folder or quoted glob to put into the prompt; - is piped input. May be repeated.",
+            help="File (text, PDF, DOCX, PPTX, image), folder or quoted glob to put into the prompt; - is piped input. "
+            "May be repeated.",
             metavar="PATH",
         ),
     ] = None,
@@ -116,6 +124,7 @@ def ask(
     evermini ask -f src -f 'docs/**/*.md' --why "Where is the retry limit set?"
     git diff | evermini ask -v "Write a commit message."
     evermini ask -f letter.txt --schema invoice.json "Which invoice is this?"
+    evermini ask -f receipt.jpg "What is the total?"
 
     Of a folder, what is hidden or ignored (.gitignore, .ignore) is left out; binaries, empty and very large files are
     skipped, and stderr says so.
@@ -132,9 +141,11 @@ def ask(
             raise typer.BadParameter("Give a question, or pipe one in.", param_hint="QUESTION")
     elif piped.strip() and STDIN not in named:
         named.append(STDIN)
-    documents = collect_documents(named, piped, exclude, verbose=verbose)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": build_prompt(documents, question)})
+    named, images = split_images(named, piped)
+    documents = collect_documents(named, piped, exclude, settings=loaded.settings, verbose=verbose)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    text = build_prompt(documents, question)
+    messages.append({"role": "user", "content": _content(images, text)})
     params = {
         "temperature": temperature,
         "top_p": top_p,
@@ -154,6 +165,15 @@ def build_prompt(documents: Sequence[Document], question: str) -> str:
     from evermini.service.parts import wrap_document
 
     return "\n".join([*(wrap_document(item.name, item.text) for item in documents), question])
+
+
+def _content(images: Sequence[bytes], text: str) -> str | list[dict[str, Any]]:
+    """Return a message's content: the images, then the text."""
+    if not images:
+        return text
+    urls = [f"data:;base64,{base64.b64encode(data).decode()}" for data in images]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [*parts, {"type": "text", "text": text}]
 
 
 def _schema_format(path: Path) -> dict[str, Any]:
@@ -176,7 +196,7 @@ def _schema_format(path: Path) -> dict[str, Any]:
 
 def _answer(
     loaded: LoadedSettings,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     params: dict[str, Any],
     *,
     as_json: bool,

@@ -6,13 +6,15 @@ import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from evermini.errors import ContextLengthError
+from evermini.errors import ContextLengthError, InvalidRequestError
 
 if TYPE_CHECKING:
+    from evermini.config import Settings
     from evermini.documents import Collection, Document
 
 ExcludeFlag = Annotated[
@@ -32,8 +34,50 @@ def piped_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
+def split_images(paths: Sequence[str], piped: bytes) -> tuple[list[str], list[bytes]]:
+    """Return the paths that are no images, and the bytes of the images that are named themselves.
+
+    Args:
+        paths: Files, folders, globs, and ``-`` for ``piped``.
+        piped: What was piped in.
+
+    Raises:
+        InvalidRequestError: An image cannot be read.
+    """
+    from evermini.documents import STDIN, is_image
+
+    others: list[str] = []
+    images: list[bytes] = []
+    for path in paths:
+        data = piped if path == STDIN else _image_bytes(Path(path))
+        if is_image(data):
+            images.append(data)
+        else:
+            others.append(path)
+    return others, images
+
+
+def _image_bytes(path: Path) -> bytes:
+    """Return an image's bytes; nothing for what is no image, or no file."""
+    from evermini.documents import is_image
+
+    try:
+        if not path.is_file():
+            return b""
+        with path.open("rb") as file:
+            head = file.read(16)
+            return head + file.read() if is_image(head) else b""
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def collect_documents(
-    paths: Sequence[str], piped: bytes, exclude: Sequence[str] | None, *, verbose: bool
+    paths: Sequence[str],
+    piped: bytes,
+    exclude: Sequence[str] | None,
+    *,
+    settings: Settings,
+    verbose: bool,
 ) -> tuple[Document, ...]:
     """Read what the paths name, and say on stderr what was left out.
 
@@ -41,6 +85,7 @@ def collect_documents(
         paths: Files, folders, globs, and ``-`` for ``piped``.
         piped: What was piped in.
         exclude: As in `evermini.documents.collect`.
+        settings: For text recognition on scanned pages.
         verbose: Name every file that was left out.
 
     Raises:
@@ -48,7 +93,12 @@ def collect_documents(
     """
     from evermini.documents import collect
 
-    collection = collect(paths, stdin=piped, exclude=exclude or ())
+    read_page = None
+    if paths:
+        from evermini.service.documents import page_reader
+
+        read_page = page_reader(settings)
+    collection = collect(paths, stdin=piped, exclude=exclude or (), read_page=read_page)
     for line in [*_skipped_lines(collection, every=verbose), *_blank_lines(collection)]:
         print(line, file=sys.stderr)
     return collection.documents

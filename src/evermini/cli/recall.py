@@ -77,7 +77,9 @@ def ingest(
     from evermini.cli.reading import reading_bar
     from evermini.recall.segment import cut
 
-    documents = collect_documents(paths, piped_input(), exclude, verbose=verbose)
+    documents = collect_documents(
+        paths, piped_input(), exclude, settings=loaded.settings, verbose=verbose
+    )
     segments = [segment for item in documents for segment in cut(item.text, item.name)]
     recall = _indexer(loaded.settings).open(
         loaded.settings.home, max_bytes=loaded.settings.recall_disk, progress=_say

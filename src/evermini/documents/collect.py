@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evermini.documents.read import Document, read_document
+from evermini.documents.read import Document, PageReader, read_document
 from evermini.documents.sizes import advice
 from evermini.documents.sniff import is_pdf
 from evermini.documents.walk import Found, is_glob, walk, walk_glob
@@ -60,6 +60,7 @@ def collect(
     stdin: bytes = b"",
     exclude: Sequence[str] = (),
     limits: Limits | None = None,
+    read_page: PageReader | None = None,
 ) -> Collection:
     """Read what the arguments name.
 
@@ -68,12 +69,13 @@ def collect(
         stdin: What ``-`` stands for.
         exclude: Patterns of what to leave out in folders, as in a ``.gitignore``.
         limits: How much is taken; default `Limits`.
+        read_page: Reads scanned pages of PDFs that are named themselves.
 
     Raises:
         InvalidRequestError: Something that was named does not exist or cannot be read, a folder or glob has nothing
             to read in it, or it is all too much; names the largest folders then.
     """
-    collector = _Collector(exclude, limits or Limits())
+    collector = _Collector(exclude, limits or Limits(), read_page)
     for argument in arguments:
         if argument == STDIN:
             collector.add_stdin(stdin)
@@ -87,8 +89,10 @@ def collect(
 class _Collector:
     """What was found so far."""
 
-    def __init__(self, exclude: Sequence[str], limits: Limits) -> None:
-        self._exclude, self._limits = exclude, limits
+    def __init__(
+        self, exclude: Sequence[str], limits: Limits, read_page: PageReader | None
+    ) -> None:
+        self._exclude, self._limits, self._read_page = exclude, limits, read_page
         self._documents: list[Document] = []
         self._skipped: list[Skipped] = []
         self._sizes: dict[str, int] = {}
@@ -104,11 +108,11 @@ class _Collector:
             raise InvalidRequestError(
                 "Nothing is piped in for '-'. Pipe a text or PDF in, or leave '-' out."
             )
-        self.add(read_document(data, STDIN_NAME))
+        self.add(read_document(data, STDIN_NAME, read_page=self._read_page))
 
     def add_file(self, path: Path) -> None:
         if self._is_new(path):
-            self.add(read_file(path))
+            self.add(read_file(path, read_page=self._read_page))
 
     def add_folder(self, argument: str) -> None:
         """Add what a folder or glob holds; what is in it and was named before counts as found."""
@@ -184,8 +188,12 @@ def _read_found(path: Path, name: str, limits: Limits) -> Document | Skipped:
     return document
 
 
-def read_file(path: Path) -> Document:
+def read_file(path: Path, *, read_page: PageReader | None = None) -> Document:
     """Read one file; its name is its path.
+
+    Args:
+        path: The file.
+        read_page: As in `read_document`.
 
     Raises:
         InvalidRequestError: It cannot be read, or is no text.
@@ -194,7 +202,7 @@ def read_file(path: Path) -> Document:
         data = path.read_bytes()
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}.") from error
-    return read_document(data, path.as_posix())
+    return read_document(data, path.as_posix(), read_page=read_page)
 
 
 def _nothing(argument: str, skipped: Iterable[Skipped]) -> str:

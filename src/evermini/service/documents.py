@@ -276,6 +276,18 @@ class Documents:
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *args))
 
 
+def page_reader(settings: Settings) -> PageReader | None:
+    """Return what reads scanned pages; ``None`` without the extra ``vision``."""
+    if not vision.is_installed():
+        return None
+    perception = vision.Perception(settings.home, threads=settings.threads or 0)
+
+    def read_page(image: Any, number: int) -> str:
+        return perception.read_page(image, hashlib.sha256(image.tobytes()).hexdigest())
+
+    return read_page
+
+
 def mark_image(text: str, order: int) -> str:
     """Return what an image shows between marks, the second of which the text itself cannot write."""
     end = f"[end of image {order}]"

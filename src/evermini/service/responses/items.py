@@ -308,8 +308,8 @@ def references(items: Sequence[Json]) -> list[str]:
     return [item["id"] for item in items if item["type"] == "item_reference"]
 
 
-def as_messages(items: Sequence[Json], param: str) -> list[Json]:
-    """Return the items as messages of a chat completion.
+def as_messages(items: Sequence[Json], param: str) -> list[tuple[Json, int]]:
+    """Return the items as messages of a chat completion, each with the number of the item that its content is from.
 
     Calls that follow each other are one message of the assistant, with the text before them. What a call returned
     comes right after that message, wherever it stands among the items.
@@ -323,30 +323,33 @@ def as_messages(items: Sequence[Json], param: str) -> list[Json]:
     """
     outputs = {item["call_id"]: item for item in items if item["type"].endswith("_output")}
     called: set[str] = set()
-    messages: list[Json] = []
-    answers: list[Json] = []  # to the calls of the last message
-    for item in items:
+    numbers = {
+        item["call_id"]: n for n, item in enumerate(items) if item["type"].endswith("_output")
+    }
+    messages: list[tuple[Json, int]] = []
+    answers: list[tuple[Json, int]] = []  # to the calls of the last message
+    for number, item in enumerate(items):
         kind = item["type"]
         if kind in ("function_call", "custom_tool_call"):
             call_id = item["call_id"]
             if call_id not in outputs:
                 raise _mismatch(f"No tool output found for {_NAMES[kind]} {call_id}.", param)
             called.add(call_id)
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant", "content": None})
-            messages[-1].setdefault("tool_calls", []).append(_call(item))
-            answers.append(
-                {
-                    "role": "tool",
-                    "tool_call_id": call_id,
-                    "content": _content(outputs[call_id]["output"]),
-                }
-            )
+            if not messages or messages[-1][0]["role"] != "assistant":
+                messages.append(({"role": "assistant", "content": None}, number))
+            messages[-1][0].setdefault("tool_calls", []).append(_call(item))
+            answer = {
+                "role": "tool",
+                "tool_call_id": call_id,
+                "content": _content(outputs[call_id]["output"]),
+            }
+            answers.append((answer, numbers[call_id]))
             continue
         messages += answers
         answers = []
         if kind == "message":
-            messages.append({"role": item["role"], "content": _content(item["content"])})
+            message = {"role": item["role"], "content": _content(item["content"])}
+            messages.append((message, number))
         elif item["call_id"] not in called:
             raise _mismatch(f"No tool call found for {_NAMES[kind]} {item['call_id']}.", param)
     return messages + answers

@@ -30,7 +30,7 @@ from evermini.service.responses.schemas import (
     ContextRequest,
     ResponseRequest,
     chat_request,
-    renamed,
+    located,
 )
 from evermini.service.runtime import Served
 from evermini.service.schemas import ChatRequest
@@ -209,7 +209,7 @@ async def start_chat(
                 progress=progress,
             )
         except InvalidRequestError as error:
-            raise renamed(error) from None
+            raise located(error, request, context[first:]) from None
 
     try:
         return await start(0)

@@ -308,7 +308,7 @@ def chat_request(request: ContextRequest, context: Sequence[Json]) -> ChatReques
     body: Json = {"model": request.model, "messages": []}
     if request.instructions:
         body["messages"] = [{"role": "developer", "content": request.instructions}]
-    body["messages"] += as_messages(context, "input")
+    body["messages"] += [message for message, _ in as_messages(context, "input")]
     if request.tools:
         body["tools"] = [_chat_tool(tool) for tool in request.tools]
         body["parallel_tool_calls"] = request.parallel_tool_calls
@@ -357,6 +357,35 @@ def renamed(error: InvalidRequestError) -> InvalidRequestError:
         message = re.sub(rf"(?<!\w){pattern}", name, message)
     error.message, error.param, error.args = message, param, (message,)
     return error
+
+
+def located(
+    error: InvalidRequestError, request: ContextRequest, context: Sequence[Json]
+) -> InvalidRequestError:
+    """Put an error about an image or file where it stands in the request's ``input``; others are `renamed`.
+
+    Args:
+        error: As a chat completion has it.
+        request: The response's request.
+        context: The items that the chat completion was made of; the request's own are the last ones.
+    """
+    found = re.fullmatch(_ATTACHED, error.param or "")
+    if found is None or not isinstance(request.input, list):
+        return renamed(error)
+    message = int(found["message"]) - bool(request.instructions)
+    number = as_messages(context, "input")[message][1]
+    own = number - (len(context) - len(request.input))
+    if own < 0:  # of an earlier response
+        return renamed(error)
+    holder = "output" if context[number]["type"].endswith("_output") else "content"
+    field = "image_url" if found["field"] == "url" else found["field"]
+    error.param = f"input[{own}].{holder}[{found['part']}].{field}"
+    return error
+
+
+_ATTACHED = (
+    r"messages\[(?P<message>\d+)\]\.content\[(?P<part>\d+)\]\.(?:image_url|file)\.(?P<field>\w+)"
+)
 
 
 def _chat_tool(tool: FlatTool) -> Json:

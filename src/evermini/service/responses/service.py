@@ -22,7 +22,7 @@ from evermini.service.responses.run import (
     new_writer,
     start_chat,
 )
-from evermini.service.responses.schemas import ContextRequest, ResponseRequest
+from evermini.service.responses.schemas import ContextRequest, ResponseRequest, located
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
 from evermini.storage.responses import Addition, ResponseStore, StoredResponse
@@ -124,7 +124,11 @@ class Responses:
         served = await self._directory.resolve(request.model)
         items = await self.contexts.items(request)
         context = [*await self.contexts.history(request), *items]
-        wanted = await self._documents.read(await as_chat(request, context))
+        wanted = await as_chat(request, context)
+        try:
+            wanted = await self._documents.read(wanted)
+        except InvalidRequestError as error:
+            raise located(error, request, context) from None
         images = await count_images(wanted, served.info.id, served.count_tokens)
         return await count_tokens(served, wanted) - images.read + images.counted
 
