@@ -227,12 +227,16 @@ def test_calls_come_as_the_contract_has_them_however_the_engine_cuts_them(engine
     assert parts[-1].finish_reason == "tool_calls"
 
 
-def test_a_client_that_leaves_ends_the_request_at_the_engine(engine, url):
-    engine.answer = lambda body: [chunk(content="Once"), FOREVER]
-    with make_client(url) as client:
-        stream = client.chat.completions.create(**CHAT, stream=True)
-        next(iter(stream))
-        stream.close()
+@pytest.mark.parametrize("form", FORMS)
+def test_a_client_that_leaves_ends_the_request_at_the_engine(form):
+    with fake_engine() as (engine, base_url), behind(base_url) as (url, _):
+        engine.answer = lambda body: [chunk(content="Once"), FOREVER]
+        body = {**CHAT, **FORMS[form]}
+        with (
+            pytest.raises(httpx.ReadTimeout),
+            httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=0.5) as response,
+        ):
+            response.read()
         wait_for(lambda: engine.num_left == 1)
 
 

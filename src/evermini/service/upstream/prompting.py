@@ -102,7 +102,7 @@ def _check_reading(served: UpstreamModel, request: ChatRequest, window: int | No
             param="x_evermini.reading",
         )
     if request.reading == "recall" and (served.reader is None or window is None):
-        missing = "Recall is switched off" if served.reader is None else "The window is not known"
+        missing = "Recall is not used" if served.reader is None else "The window is not known"
         raise UnsupportedParameterError(
             f"{missing} for this model. Set x_evermini.reading to 'auto' or 'dense', or have the operator switch the "
             "setting 'recall' on and say what the engine's window is (?window=TOKENS).",
