@@ -3,8 +3,13 @@
 database.py        opens, migrates and runs work on the database (SQLite by default, PostgreSQL by URL)
 schema.py          what the tables have in common; pages of a listing
 chats.py           stored chat completions
-responses.py       responses, their events, and who is working on the unfinished ones
+responses.py       responses, and the events of those that may be streamed again
 conversations.py   conversations and their items
+jobs.py            the one queue of work that outlives a request
+files.py           files and uploads; blobs.py has their bytes
+ingests.py         files that are indexed before anybody asks
+batches.py         batches, and the results of their lines
+keys.py            API keys and the audit log; usage.py what they used
 adapters.py        fine-tuned models: names, where their bytes are, aliases
 fine_tuning.py     fine-tuning jobs, their events and checkpoints
 migrations/        Alembic: forwards only, applied when a database is opened
