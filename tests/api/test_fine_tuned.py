@@ -24,6 +24,7 @@ from evermini.storage.database import Database
 from evermini.storage.keys import KeyStore
 from evermini.storage.usage import UsageStore
 from tests.adapters import write_adapter
+from tests.long_texts import NEEDLES, story
 from tests.serving import HELLO, assert_error, make_client, serving, wait_for
 
 FIRST = "ft:gpt-4.1-nano-2025-04-14:acme:one:aaaa1111"
@@ -131,6 +132,23 @@ def test_every_endpoint_takes_them(client: openai.OpenAI):
     assert streamed == response.output_text
     with pytest.raises(openai.BadRequestError, match="fine-tuned to write"):
         client.embeddings.create(model=FIRST, input="x")
+
+
+def test_long_prompts_are_found_in_by_the_base_and_answered_with_the_adapter(
+    client: openai.OpenAI,
+):
+    _, question, _ = NEEDLES[150]
+    messages = [{"role": "user", "content": f"{story(41, 480)}\n\n{question}"}]
+    base, tuned = (
+        ask(client, name, messages=messages, extra_body={"x_evermini": {"why": True}})
+        for name in ("gpt-4.1-nano", FIRST)
+    )
+    recalled = [answer.x_evermini["recall"] for answer in (base, tuned)]
+    assert recalled[0]["spans"] == recalled[1]["spans"]
+    assert any(span["lines"][0] <= 150 <= span["lines"][1] for span in recalled[1]["spans"])
+    assert recalled[1]["ingest_seconds"] < max(recalled[0]["ingest_seconds"], 0.5), "one index"
+    assert tuned.usage.prompt_tokens == base.usage.prompt_tokens > 8192
+    assert text_of(tuned) != text_of(base)
 
 
 def test_several_choices_share_an_adapter(client: openai.OpenAI):
