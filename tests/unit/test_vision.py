@@ -10,7 +10,7 @@ from PIL import Image
 
 from evermini.config import default_home
 from evermini.documents import read_document
-from evermini.errors import InvalidRequestError
+from evermini.errors import DocumentError, InvalidRequestError
 from evermini.service.image_tokens import image_cost
 from evermini.vision.cache import Cache
 from evermini.vision.classify import Classifier
@@ -21,6 +21,7 @@ from evermini.vision.perception import Perception
 from evermini.vision.reading import Line, TextReader
 from tests.conftest import data_file
 from tests.images import bomb, encoded, text_image
+from tests.pdf_files import make_pdf
 
 MINI, NANO, FULL = (f"gpt-4.1{tier}-2025-04-14" for tier in ("-mini", "-nano", ""))
 
@@ -44,6 +45,8 @@ def reader() -> TextReader:
         (1800, 2400, "auto", FULL, 765),
         (100_000, 10, "auto", MINI, 2489),  # never more than 1,536 patches
         (1024, 1024, "auto", "some/checkpoint", 1659),
+        (1024, 1024, "auto", f"ft:{FULL}:org:name:1", 765),
+        (1024, 1024, "auto", f"ft:{MINI}:org:name:1", 1659),
     ],
 )
 def test_images_cost_what_openai_asks(width, height, detail, model, tokens):
@@ -183,6 +186,19 @@ def test_a_scanned_page_is_read_by_text_recognition(reader):
     assert second.startswith("(This page has no text")
     assert document.blank_pages == (2,)
     assert seen == [1, 2]
+
+
+def test_scans_are_bounded_and_empty_pages_are_none(monkeypatch: pytest.MonkeyPatch):
+    data = io.BytesIO()
+    page = text_image(["Invoice 4711"])
+    page.save(data, "PDF", save_all=True, append_images=[page, page])
+    monkeypatch.setattr("evermini.documents.read.MAX_SCANS", 2)
+    with pytest.raises(DocumentError, match="Split it"):
+        read_document(data.getvalue(), "scan.pdf", read_page=lambda image, number: "x")
+    seen: list[int] = []
+    pdf = make_pdf(["Text " * 40, "", ""])
+    read_document(pdf, "a.pdf", read_page=lambda image, number: seen.append(number) or "x")
+    assert seen == []
 
 
 def test_colours_have_names():

@@ -42,7 +42,7 @@ def pdf_pages(data: bytes, name: str) -> Iterator[str]:
 
 
 def pdf_image(data: bytes, name: str, index: int, *, dpi: int, side: int) -> Any:
-    """Return a page as an image of `PIL`.
+    """Return a page as an image of `PIL`, or ``None`` if nothing is on it.
 
     Args:
         data: The PDF.
@@ -59,7 +59,7 @@ def pdf_image(data: bytes, name: str, index: int, *, dpi: int, side: int) -> Any
     with closing(_ask(data, name, "image", str(index), str(dpi), str(side))) as answers:
         for _, width, height, pixels in answers:
             return Image.frombytes("RGB", (width, height), base64.b64decode(pixels))
-    raise AssertionError("an image or an error")
+    return None
 
 
 def _ask(data: bytes, name: str, *what: str) -> Generator[list[Any], None, None]:

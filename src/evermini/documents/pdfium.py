@@ -33,7 +33,9 @@ def main() -> None:
         return
     if what == "image":
         index, dpi, side = map(int, rest)
-        _say_image(pdf[index], dpi, side)
+        page = pdf[index]
+        if next(page.get_objects(max_depth=1), None) is not None:  # else it is blank
+            _say_image(page, dpi, side)
         return
     for index in range(len(pdf)):
         try:

@@ -24,6 +24,8 @@ PageReader = Callable[[Any, int], str]
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _SCAN_CHARS = 64
 """A page with fewer letters and digits than this may be a scan with a stamp on it."""
+MAX_SCANS = 1000
+"""Scanned pages of one document that are read; each takes seconds."""
 _SCAN_DPI = 150
 _SCAN_PIXELS = 2200
 """Longest side of a page as an image: that of a sheet of A4 at 188 dots per inch."""
@@ -118,14 +120,17 @@ def _of_pages(name: str, pages: Sequence[str], reason: str) -> Document:
 def _read_pdf(data: bytes, name: str, read_page: PageReader | None) -> Document:
     pages = [_clean(text) for text in pdf_pages(data, name)]
     if read_page is not None:
-        for index, text in enumerate(pages):
-            if sum(map(str.isalnum, text)) < _SCAN_CHARS:
-                seen = _clean(
-                    read_page(
-                        pdf_image(data, name, index, dpi=_SCAN_DPI, side=_SCAN_PIXELS), index + 1
-                    )
-                )
-                pages[index] = max(text, seen, key=len)
+        scans = [n for n, text in enumerate(pages) if sum(map(str.isalnum, text)) < _SCAN_CHARS]
+        if len(scans) > MAX_SCANS:
+            raise DocumentError(
+                f"{name} has {len(scans)} pages without text, more than the {MAX_SCANS} that are read as scans. Split "
+                "it.",
+                reason="too many scanned pages",
+            )
+        for index in scans:
+            image = pdf_image(data, name, index, dpi=_SCAN_DPI, side=_SCAN_PIXELS)
+            if image is not None:
+                pages[index] = max(pages[index], _clean(read_page(image, index + 1)), key=len)
     return _of_pages(name, pages, "PDF without text")
 
 

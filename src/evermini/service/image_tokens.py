@@ -21,8 +21,8 @@ TILE = 512
 LOW_PIXELS = 512
 """``detail: low`` fits an image into a square with this side."""
 _FACTORS = (("nano", 2.46), ("mini", 1.62))
-_TILED = "gpt-4.1-2025-04-14"
-"""The one model that counts tiles; anything else counts as mini does."""
+_TILED = "gpt-4.1"
+"""Counts tiles, unless it is one of the above; anything else counts as mini does. So do models made from them."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ def image_cost(width: int, height: int, detail: Detail, model: str) -> int:
         detail: How closely it is looked at.
         model: Id of the model.
     """
-    if model == _TILED:
+    factor = next((factor for name, factor in _FACTORS if name in model), None)
+    if factor is None and _TILED in model:
         return 85 if detail == "low" else 85 + 170 * _num_tiles(width, height)
     if detail == "low":
         shrink = min(1.0, LOW_PIXELS / max(width, height))
         width, height = max(1, round(width * shrink)), max(1, round(height * shrink))
-    factor = next((factor for name, factor in _FACTORS if name in model), 1.62)
-    return math.ceil(round(_num_patches(width, height) * factor, 6))
+    return math.ceil(round(_num_patches(width, height) * (factor or 1.62), 6))
 
 
 def _num_patches(width: int, height: int) -> int:
