@@ -143,7 +143,13 @@ class JobRunner:
         if not kinds:
             return None
         try:
-            return await self._database.run(self._store.claim, self._owner, kinds, LEASE_SECONDS)
+            return await self._database.run(
+                self._store.claim,
+                self._owner,
+                kinds,
+                LEASE_SECONDS,
+                but=[job.subject for job in self._tasks],
+            )
         except StorageError as error:
             log.warning("jobs: %s", error.message)
         except Exception:  # whatever it is, the others' jobs must go on

@@ -73,8 +73,17 @@ class JobStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def claim(self, owner: str, kinds: Collection[str], lease: float) -> Job | None:
-        """Return the oldest job that nobody works on, claimed for ``lease`` seconds (at most `MAX_LEASE`)."""
+    def claim(
+        self, owner: str, kinds: Collection[str], lease: float, *, but: Collection[str] = ()
+    ) -> Job | None:
+        """Return the oldest job that nobody works on, claimed.
+
+        Args:
+            owner: Who will work on it.
+            kinds: What it may be.
+            lease: For how many seconds, at most `MAX_LEASE`.
+            but: Subjects that the owner works on already; after a jump of the clock their leases look over.
+        """
         with self._database.writing() as session:
             now = clock(session)
             is_due = (JobRow.run_after <= now) | (JobRow.run_after > now + MAX_PAUSE)
@@ -85,7 +94,7 @@ class JobStore:
             )
             query = (
                 select(JobRow)
-                .where(JobRow.kind.in_(kinds), is_due, is_free)
+                .where(JobRow.kind.in_(kinds), is_due, is_free, JobRow.subject.not_in(but))
                 .order_by(JobRow.number)
                 .limit(1)
                 .with_for_update(skip_locked=True)
