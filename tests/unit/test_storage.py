@@ -146,6 +146,19 @@ class TestDatabase:
         assert sorted(item["n"] for item in items) == list(range(40))
         assert len({item["id"] for item in items}) == 40
 
+    def test_a_lock_that_does_not_end(self, url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(database_module, "BUSY_SECONDS", 0.5)
+        with Database(url) as database, Database(url) as other:
+            with other.writing() as session:
+                if url.drivername != "sqlite":
+                    session.execute(text("LOCK TABLE chat_completions"))
+                else:
+                    session.execute(text("SELECT 1"))
+                with pytest.raises(StorageError, match="cannot be used at the moment") as refused:
+                    ChatStore(database).add(chat_body("chatcmpl-1"), [], {})
+                assert not refused.value.may_be_stored
+            ChatStore(database).add(chat_body("chatcmpl-1"), [], {})
+
     def test_work_is_done_off_the_event_loop(self, database: Database) -> None:
         async def ask() -> str:
             return await database.run(lambda: threading.current_thread().name)

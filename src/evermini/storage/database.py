@@ -43,7 +43,7 @@ T = TypeVar("T")
 FILE_NAME = "evermini.db"
 NUM_CONNECTIONS = 8
 """Threads that ask the database, each on a connection of its own."""
-BUSY_SECONDS = 15
+BUSY_SECONDS = 15.0
 """How long to wait for another process that writes, before giving up."""
 
 
@@ -188,10 +188,15 @@ def _engine(url: URL) -> Engine:
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
+    # Whoever holds a lock, and a server that is not there any more, are waited for as long as a locked SQLite file.
+    arguments: dict[str, Any] = {
+        "connect_timeout": max(1, round(BUSY_SECONDS)),
+        "tcp_user_timeout": round(1000 * BUSY_SECONDS),
+    }
+    if "options" not in url.query:
+        arguments["options"] = f"-c lock_timeout={round(1000 * BUSY_SECONDS)}"
     try:
-        return create_engine(
-            url, pool_pre_ping=True, connect_args={"connect_timeout": BUSY_SECONDS}, **options
-        )
+        return create_engine(url, pool_pre_ping=True, connect_args=arguments, **options)
     except ModuleNotFoundError:
         raise ConfigError(
             "database_url names a PostgreSQL database, but psycopg is not installed. Install it with "

@@ -67,11 +67,13 @@ def _alone(engine: Engine) -> Iterator[None]:
             yield
         return
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("SET lock_timeout = 0"))  # others' migrations may take their time
         connection.execute(text("SELECT pg_advisory_lock(:number)"), {"number": _LOCK_NUMBER})
         try:
             yield
         finally:
             connection.execute(text("SELECT pg_advisory_unlock(:number)"), {"number": _LOCK_NUMBER})
+            connection.execute(text("RESET lock_timeout"))
 
 
 def _back_up(engine: Engine, suffix: str) -> None:
