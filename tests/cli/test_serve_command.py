@@ -64,7 +64,7 @@ def test_serves_openai_clients_and_lets_them_finish_on_sigterm(start_server):
 
 
 def test_while_it_drains_new_requests_are_refused_and_work_is_given_back(start_server, tmp_path):
-    server = start_server()
+    server = start_server("--drain-timeout", "300")
     line = {"custom_id": "{}", "method": "POST", "url": "/v1/chat/completions"}
     body = {"model": "gpt-4.1-nano", "messages": STORY, "max_tokens": 20}
     lines = [json.dumps({**line, "custom_id": str(n), "body": body}) for n in range(400)]
@@ -78,7 +78,7 @@ def test_while_it_drains_new_requests_are_refused_and_work_is_given_back(start_s
         while openai_client.batches.retrieve(batch.id).request_counts.completed < 1:
             time.sleep(0.05)
         stream = openai_client.chat.completions.create(
-            model="gpt-4.1-nano", messages=STORY, stream=True, max_tokens=300, temperature=0,
+            model="gpt-4.1-nano", messages=STORY, stream=True, max_tokens=250, temperature=0,
             logit_bias={"2": -100},
         )  # fmt: skip
         next(stream)
@@ -94,9 +94,9 @@ def test_while_it_drains_new_requests_are_refused_and_work_is_given_back(start_s
         assert "retry-after" in caught.value.response.headers
         assert "shutting down" in caught.value.message
         with Database(make_url("sqlite:///evermini.db")) as database, database.reading() as session:
-            wait_for(lambda: session.scalars(select(JobRow.owner)).all() == [None])
+            wait_for(lambda: session.scalars(select(JobRow.owner)).all() == [None], 60)
         assert len(list(stream)) > 200
-    server.process.communicate(timeout=30)
+    server.process.communicate(timeout=60)
     assert server.process.returncode == 0
 
 
