@@ -140,8 +140,10 @@ async def _work(settings: Settings, parts: _Parts, job_id: str) -> StoredTuning:
                 progress.update(bar, description=tuning.status)
                 if tuning.status in FINAL or is_left.is_set():
                     break
-                if tuning.status == "paused":
-                    break
+                if tuning.status == "paused" and not await parts.database.run(
+                    parts.store.is_queued, job_id
+                ):
+                    break  # and saved
                 await asyncio.sleep(POLL_SECONDS)
     return await parts.tunings.get(job_id)
 

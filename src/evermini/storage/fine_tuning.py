@@ -194,6 +194,12 @@ class TuningStore:
             some = [_stored(row) for row in islice(fitting, cursor.limit + 1)]
             return Page(some[: cursor.limit], len(some) > cursor.limit)
 
+    def is_queued(self, tuning_id: str) -> bool:
+        """Return whether a job is in the queue: it waits there, or somebody works on it."""
+        with self._database.reading() as session:
+            found = session.scalar(select(JobRow.number).where(JobRow.subject == tuning_id))
+            return found is not None
+
     def cancel(self, tuning_id: str, event: Event) -> StoredTuning | None:
         """End a job that has not ended; return it, ``None`` if there is none of that id."""
         with self._database.writing() as session:

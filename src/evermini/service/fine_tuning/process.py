@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 LOG = "process.log"
 """In the job's folder: what the process and its libraries had to say."""
-STOP_SECONDS = 10.0
+STOP_SECONDS = 30.0
 """How long it may take to save when it is told to stop."""
 _MAX_REPORT = 16 * 1024**2
 _TAIL = 2000
