@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -54,7 +55,7 @@ def start(settings: Settings, wanted: dict[str, Any], file: Path, validation: Pa
 
     with Database.open(settings) as database:
         job_id = asyncio.run(create(_Parts(settings, database)))
-    print(job_id)
+    print(job_id, flush=True)
     return job_id
 
 
@@ -119,6 +120,7 @@ async def _work(settings: Settings, parts: _Parts, job_id: str) -> StoredTuning:
     """Do jobs until this one has ended, is paused, or somebody presses Ctrl-C."""
     is_left = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, is_left.set)
+    print("Ctrl-C saves and leaves.", file=sys.stderr, flush=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
