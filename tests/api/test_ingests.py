@@ -44,7 +44,7 @@ def server(nano: ServedModel, home: Path) -> Iterator[tuple[openai.OpenAI, Serve
     with (
         Database.open(settings) as database,
         serving(Runtime([served]), settings, database) as url,
-        make_client(url) as client,
+        make_client(url, timeout=300) as client,
     ):
         yield client, served, database
     reader.close()
@@ -61,7 +61,7 @@ def ingest_of(file: FileObject) -> dict[str, Any]:
 
 
 def ended(client: openai.OpenAI, file: FileObject) -> dict[str, Any]:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while (ingest := ingest_of(client.files.retrieve(file.id)))["status"] in (
         "queued",
         "in_progress",
@@ -175,7 +175,7 @@ def test_deleting_a_file_that_is_being_indexed(
         assert started.wait(30)
         client.files.delete(file.id)
         go_on.set()
-        wait_for(lambda: count(database, IngestRow) == 0)
+        wait_for(lambda: count(database, IngestRow) == 0, 60)
         assert segments(tmp_path) == set()
         assert count(database, JobRow) == 0
 
@@ -229,9 +229,9 @@ def test_prompts_that_somebody_waits_for_are_read_first(
             target=lambda: answers.append(ask(client, {"type": "text", "text": document}))
         )
         asking.start()
-        wait_for(lambda: served.reader._num_urgent == 1)  # type: ignore[union-attr]
+        wait_for(lambda: served.reader._num_urgent == 1, 60)  # type: ignore[union-attr]
         go_on.set()
-        asking.join(60)
+        asking.join(300)
         assert ANSWER in answers[0].choices[0].message.content
         assert ended(client, file)["status"] == "completed"
     of_file = order[0]
