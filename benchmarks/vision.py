@@ -38,9 +38,10 @@ PARTS = ("receipts", "photos", "pages", "reports", "latency")
 FIELDS = {
     "company": "full name of the company at the top of the receipt",
     "date": "the date as it is printed, without the time of day",
-    "address": "full address of the company: all of its lines in one, from the number and street to the town",
+    "address": "full address of the company: its lines below the name, all in one, from the street to the town",
     "total": "total amount to pay, only the number",
 }
+PATTERNS = {"date": r"^\d{1,4}[-/. ]\w{1,3}[-/. ]\d{2,4}$", "total": r"^\d+\.\d\d$"}
 RECEIPT = "Copy the company's name, the date, the company's whole address and the total from this receipt."
 GISTS = {
     "financebench_id_00799": r"improv.*0\.69|0\.69.*improv",
@@ -162,6 +163,8 @@ def receipts(client: openai.OpenAI, perception: Perception, given: argparse.Name
 def receipt_request(model: str, data: bytes) -> dict[str, Any]:
     """Return the chat completion that reads a receipt."""
     properties = {name: {"type": "string", "description": what} for name, what in FIELDS.items()}
+    for name, pattern in PATTERNS.items():
+        properties[name]["pattern"] = pattern
     schema = {
         "type": "object",
         "properties": properties,
