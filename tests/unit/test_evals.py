@@ -225,7 +225,7 @@ class ScriptedLLM:
 
 
 class _Answer:
-    recalled = None
+    recalled = swept = None
     finish_reason = "stop"
     seconds = 0.01
 

@@ -137,7 +137,7 @@ def test_bm25_follows_the_formula():
     one = index_words("\n".join(texts[:4]), np.cumsum([0, *(len(t) + 1 for t in texts[:3])]))
     two = index_words("\n".join(texts[4:]), np.array([0, len(texts[4]) + 1]))
     empty = index_words("", np.zeros(0, np.int64))
-    scores = PassageWords([one, empty, two]).score([word_hash(word) for word in found(query)])
+    scores = PassageWords([one, empty, two]).score({word_hash(word): 1.0 for word in found(query)})
     assert scores == pytest.approx(bm25(documents, found(query)), rel=1e-5)
 
 

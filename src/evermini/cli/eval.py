@@ -41,7 +41,8 @@ Lengths = Annotated[
     str, typer.Option(help="Tokens of a prompt with its answer, such as 8k,32k,1047576.")
 ]
 Systems = Annotated[
-    str, typer.Option(help="Who answers, of: auto, recall, dense, bm25, window.", metavar="LIST")
+    str,
+    typer.Option(help="Who answers, of: auto, recall, sweep, dense, bm25, window.", metavar="LIST"),
 ]
 Repeats = Annotated[int, typer.Option(min=1, help="Texts of each length.")]
 Seed = Annotated[int, typer.Option(help="Equal seeds give equal texts and questions.")]

@@ -23,7 +23,7 @@ Hay = Literal["prose", "essays", "code"]
 
 _SECTION = 24_000
 _PASSES = 6
-_SENTENCE_END = re.compile(r"(?<=[.?!;:]) (?=[A-Z\"'(])|\n")
+_SENTENCE_END = re.compile(r"(?<=[.?!;:])\s+(?=[A-Z\d\"'(])")
 
 
 @dataclass(frozen=True)

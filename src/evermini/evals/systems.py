@@ -1,6 +1,8 @@
 """Ways to answer a case: recall, and what it is compared with in the same run.
 
-recall   the product: the whole text is sent, ``x_evermini.reading`` is "recall"
+auto     the product: the whole text is sent, it decides how to read it
+recall   the same, ``x_evermini.reading`` is "recall"
+sweep    the same with "sweep": all of the text is read or counted for the question
 dense    ordinary attention over the whole text, where that fits the model's window
 bm25     the best passages by BM25, up to recall's budget, through the same prompt assembly
 window   the end of the text alone: what a sliding window would see
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from evermini.llm import LLM
     from evermini.service.reading import OnProgress
 
-SystemName = Literal["auto", "recall", "dense", "bm25", "window"]
-SYSTEMS: tuple[SystemName, ...] = ("auto", "recall", "dense", "bm25", "window")
+SystemName = Literal["auto", "recall", "sweep", "dense", "bm25", "window"]
+SYSTEMS: tuple[SystemName, ...] = ("auto", "recall", "sweep", "dense", "bm25", "window")
 
 BUDGET_TOKENS = 2048
 """Tokens of passages that BM25 takes: recall's own most."""
@@ -79,7 +81,7 @@ def open_system(
         progress: Told how recall's first reading goes.
     """
     window = llm.native_window
-    if name in ("auto", "recall"):
+    if name in ("auto", "recall", "sweep"):
         return _Whole(llm, case, name, progress)
     if name == "dense":
         most = window if dense_tokens is None else min(dense_tokens, window)
@@ -132,10 +134,11 @@ def _ask(
         x_evermini={"reading": reading},
         progress=progress,
     )
-    if answer.recalled is None:
+    shortened = answer.recalled or answer.swept
+    if shortened is None:
         read, read_tokens = content, answer.usage.prompt_tokens
     else:
-        read, read_tokens = llm.decode(answer.recalled.prompt), len(answer.recalled.prompt)
+        read, read_tokens = llm.decode(shortened.prompt), len(shortened.prompt)
     return Reply(answer.text, read, read_tokens, answer.seconds, answer.finish_reason)
 
 

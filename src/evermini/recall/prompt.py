@@ -7,6 +7,10 @@
 In code, definitions of what the question names are pointed out, since a small model cannot count lines:
 [queue.py, lines 10-50 of 310: class Queue is defined in queue.py on line 21]
 
+At the end, the sentences that are closest to the question stand once more:
+[End of the excerpts. Closest to the question:]
+> The harbour master is called Anna.
+
 Nothing is left out in silence: the marks say what is missing, and `Excerpts.left_out` lists spans that were chosen and
 did not fit.
 """
@@ -14,13 +18,26 @@ did not fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from evermini.recall.definitions import DEFINITION
 from evermini.recall.segment import Segment
+from evermini.recall.sentences import sentences, weight_of
 
 _END = "\n[End of the excerpts]\n\n"
+_CLOSEST = "\n[End of the excerpts. Closest to the question:]\n{sentences}\n\n"
+_ALIKE = 0.8
+"""A sentence is shown once more if it has this share of what the best one has of the question's words, by weight."""
+_LEAST = 0.2
+"""None is if the best one has less than this share of the question's words."""
+_LINKED = 0.5
+"""The same for the names that lead from one passage to another: one sentence for each step."""
+_MOST_SENTENCES = 6
+_MAX_SENTENCE = 480
+
+Range = tuple[int, int, int]
+"""Number of a segment, first and past-the-end character in it."""
 _REACH = 160
 """Characters by which an excerpt grows, at either end, to begin and end with a line or sentence."""
 
@@ -75,6 +92,7 @@ def excerpts(
     question: str = "",
     *,
     mark_end: bool = False,
+    hops: Sequence[Mapping[int, float]] = (),
 ) -> Excerpts:
     """Write the best spans that fit, in document order.
 
@@ -85,9 +103,12 @@ def excerpts(
         max_tokens: Budget for the result, marks included.
         question: What is asked; the marks give the lines of definitions that it names.
         mark_end: Say where the excerpts end.
+        hops: What is looked for (`evermini.recall.select.Ranking.hops`): with ``mark_end``, sentences that have it are
+            shown once more.
     """
-    closing = _END if mark_end and spans else ""
-    max_tokens -= count_tokens(closing)
+    closest = _closest(segments, spans, hops) if mark_end and spans else []
+    if mark_end and spans:
+        max_tokens -= count_tokens(_closing(segments, closest))
     names = frozenset(re.findall(r"\w+", question))
     ranked = sorted(spans, key=lambda span: -span.score)
     included: list[Span] = []
@@ -103,10 +124,62 @@ def excerpts(
         else:
             left_out.append(span)
     included.sort(key=lambda span: (span.segment, span.tokens))
-    if included:
-        text += closing
+    if included and mark_end:
+        kept = _all_ranges(segments, included)
+        text += _closing(segments, [p for p in closest if any(_holds(k, p) for k in kept)])
         tokens = count_tokens(text)
     return Excerpts(text, tokens, tuple(included), tuple(left_out), omitted)
+
+
+def _closest(
+    segments: Sequence[Segment], spans: Sequence[Span], hops: Sequence[Mapping[int, float]]
+) -> list[Range]:
+    """Return the sentences of the spans that are closest to the question, in order, then those they lead to."""
+    places = [
+        (number, start + first, start + last)
+        for number, start, end in _all_ranges(segments, spans)
+        for first, last in sentences(segments[number].text[start:end])
+        if last - first <= _MAX_SENTENCE
+    ]
+    chosen: list[Range] = []
+    for step, wanted in enumerate(hops):
+        weights = {
+            place: weight_of(segments[place[0]].text[place[1] : place[2]], wanted)
+            for place in places
+        }
+        top, total = max(weights.values(), default=0.0), sum(wanted.values())
+        if top <= 0 or top < (_LINKED if step else _LEAST) * total:
+            break
+        if step:
+            chosen.append(max(weights, key=lambda place: weights[place]))
+        else:
+            alike = sorted(places, key=lambda place: -weights[place])[:_MOST_SENTENCES]
+            chosen += sorted(place for place in alike if weights[place] >= _ALIKE * top)
+    return list(dict.fromkeys(chosen))
+
+
+def _closing(segments: Sequence[Segment], closest: Sequence[Range]) -> str:
+    """Return what stands after the excerpts: that they end, and the sentences closest to the question."""
+    if not closest:
+        return _END
+    texts = (
+        _on_one_line(segments[number].text[start:end].strip()) for number, start, end in closest
+    )
+    quoted = (f"> {line}" for text in dict.fromkeys(texts) for line in text.splitlines())
+    return _CLOSEST.format(sentences="\n".join(quoted))
+
+
+def _all_ranges(segments: Sequence[Segment], spans: Sequence[Span]) -> list[Range]:
+    return [found for group in _documents(segments) for found in _ranges(segments, group, spans)]
+
+
+def _holds(whole: Range, part: Range) -> bool:
+    return whole[0] == part[0] and whole[1] <= part[1] and part[2] <= whole[2]
+
+
+def _on_one_line(sentence: str) -> str:
+    """Join the lines of a sentence; those of code stay."""
+    return sentence if re.search(r"\n\s", sentence) else sentence.replace("\n", " ")
 
 
 def _write(
@@ -177,9 +250,9 @@ def _documents(segments: Sequence[Segment]) -> list[list[int]]:
 
 def _ranges(
     segments: Sequence[Segment], group: Sequence[int], spans: Sequence[Span]
-) -> list[tuple[int, int, int]]:
+) -> list[Range]:
     """Return (segment, start, end) in characters of the segment: grown to whole sentences, overlaps joined."""
-    found: list[tuple[int, int, int]] = []
+    found: list[Range] = []
     for span in sorted(
         (s for s in spans if s.segment in group), key=lambda s: (s.segment, s.tokens)
     ):

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -89,6 +89,7 @@ class Selection:
             question about the whole text; `evermini.recall.scope.needs_whole` does.
         query_seconds: Time for the question's forward pass.
         scan_seconds: Time for ranking: the scan of the index, words, choice.
+        hops: The words (by hash) that were looked for, with weights: the question's, then those that were followed.
     """
 
     spans: tuple[Span, ...]
@@ -99,6 +100,7 @@ class Selection:
     spread: float
     query_seconds: float
     scan_seconds: float
+    hops: tuple[Mapping[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -312,6 +314,7 @@ class Recall:
             spread=spread(asked.ranking.blocks),
             query_seconds=asked.queried - asked.began,
             scan_seconds=time.monotonic() - asked.queried,
+            hops=asked.ranking.hops,
         )
 
     def rank(
@@ -371,7 +374,7 @@ class Recall:
         scan.words.look_up(hashes)
         weights = token_weights(text, char_starts[1:].tolist(), scan.words.rarity)
         blocks = scan.vote(queries, self._null, weights)
-        ranking = scan.rank(blocks, hashes, policy.follow, [segment.text for segment in segments])
+        ranking = scan.rank(blocks, hashes, policy, [segment.text for segment in segments])
         return _Asked(scan, ranking, began, queried)
 
     def queries(self, ids: Sequence[int]) -> list[Tensor]:

@@ -42,6 +42,12 @@ _COUNTED = (
     r"warnings|characters|verses|"
     r"scenes|examples|topics|themes|respondents|speakers)"
 )
+# Of these, "which ..." asks for all that a thing is true of.
+_RECORDS = (
+    r"(?:reviews|reviewers|comments|tickets|emails|messages|posts|letters|complaints|customers|respondents|participants|"
+    r"entries|records|rows|invoices|orders|requests|functions|methods|classes|tests|modules|candidates|applicants|"
+    r"speeches|sections|chapters|paragraphs|sentences|verses)"
+)
 _THIS = r"(?:this|the|these|those|my|our|your|that|all|both)"
 _WHOLE = rf"(?:(?:whole|entire|complete|full|long|attached|given|following|above|provided|enclosed)\s+)*{_TEXT}"
 _MADE = (
@@ -173,6 +179,34 @@ _WHOLE_SIGNS = [
     r"\bmost (?:often|frequently|commonly) (?:quoted|mentioned|named|used|cited|discussed|"
     r"repeated)\b|\blist them all\b",
     r"\bwhat (?:topics|themes|subjects) (?:come|are|does|do)\b",
+    # The whole, in everyday words
+    r"\b(?:short(?:er)?|brief|condensed|abridged|simple|plain) version\b|\blong story short\b|"
+    r"\bin (?:brief|short)\s*[.?!]?$|"
+    r"\bboil\w* (?:it|this|that|them|everything|the \w+) down\b|\bbullet points\b",
+    r"\b(?:idea|impression|picture|sense) of what (?:this|it|the \w+) (?:is|says|covers|contains)\b|"
+    r"^\W*(?:so,? )?what(?:'s| is) (?:all )?(?:this|it) (?:all )?(?:about)?\s*\??$",
+    r"\bwhat (?:do|should) (?:i|we) (?:really |absolutely )?(?:need to|have to|must)? ?know\b\s*[.?!]?$|"
+    r"\bwalk (?:me|us) through\b|"
+    r"\bno time to read\b|\bdon'?t have (?:the )?time to read\b|\bcatch me up\b|\bbring me up to (?:speed|date)\b",
+    rf"\bhow (?:is|are|was|were) (?:the|its|her|his|their) (?:\w+ )?(?:argument|plot|story|text|narrative|case|"
+    rf"reasoning)s? "
+    rf"(?:built|built up|constructed|structured|developed|told|made)\b|\bhow (?:does|do|did) (?:the|its|their|\w+'s) "
+    rf"(?:relationship|attitude|mood|tone|view|style|character|friendship|argument|opinion)s?\b[^?]*\b{_CHANGE}\b",
+    r"^\W*is the (?:author|writer|narrator|speaker|reviewer)\b|"
+    r"\bwhat does the (?:author|writer|narrator|speaker) want\b|"
+    r"\bfor or against\b",
+    rf"\b(?:most|majority|half|none|any|some|few) of (?:the|these|those|our|my) (?:\w+ )?{_COUNTED}\b|"
+    rf"\bhow many times (?:does|do|is|are)\b",
+    rf"\bwhich (?:of (?:the|these|those) )?(?:\w+ )?{_RECORDS}\b(?! (?:of|in|from) (?:section|chapter|line)\b)",
+    r"\bin (?:what|which) order\b|\b(?:who|what) are all\b|\ball (?:of )?the (?:people|persons|characters|names|places|"
+    r"parties)\b|"
+    r"\b(?:title|headline|heading|keywords?|tags?) for (?:this|it|the)\b|\bin common\b",
+    rf"^\W*(?:please\s+)?(?:spot|rank|grade|order|group|categori[sz]e|flag|highlight|tally|assess|judge)\b|"
+    rf"\b(?:of|about|in|for|from) (?:each|every) {_UNITS}\b|\b(?:what|tell me what|say what) each {_UNITS}\b",
+    r"\b(?:which|what) (?:subjects|topics|themes|issues|questions|aspects|areas)\b[^?]*\b(?:covered|discussed|"
+    r"dealt with|addressed|raised|treated|touched)\b",
+    rf"\bhow many of (?:the|these|those|our|my) (?:\w+ )?{_RECORDS}\b|\bhow many (?:\w+ )?(?:{_RECORDS}|questions) "
+    rf"(?:do|does|are|is|have|has)\b",
     # Other languages
     r"\bfass\w*\b.*\bzusammen\b|\bzusammenfass\w*|\büberblick über\b|\br[ée]sum(?:e[rz]?|ez|"
     r"é)\b|\bresum(?:e|ir|en|a)\b|"
@@ -189,6 +223,15 @@ _PLACE_SIGNS = [
     r"contain|begin|end)s?\b",
     r"\baccording to the (?:summary|overview|abstract|table|review|report)\b",
 ]
+
+# The text is pointed at, and nothing in it is named: what is asked is about the text.
+_SELF = re.compile(
+    rf"\b(?:this|these|the (?:whole|entire)) (?:\w+ )?(?:piece|passage|{_TEXT})\b", re.IGNORECASE
+)
+_NAMED = re.compile(
+    r"(?<=[a-z,;] )[A-Z]|\d|[\"`\u201c]|\b(?:mention|say|says|said|state|states|written|published|signed|dated|"
+    r"located|according|defined?|who|when|where)\b"
+)
 
 _WHOLE_RE = [re.compile(sign, re.IGNORECASE | re.DOTALL) for sign in _WHOLE_SIGNS]
 _PLACE_RE = [re.compile(sign, re.IGNORECASE) for sign in _PLACE_SIGNS]
@@ -207,4 +250,6 @@ def needs_whole(question: str) -> bool:
     sentences = [s for part in parts for s in re.split(r"(?<=[.?!])\s+", part) if s]
     if any(sign.search(sentence) for sentence in sentences for sign in _PLACE_RE):
         return False
-    return any(sign.search(sentence) for sentence in sentences for sign in _WHOLE_RE)
+    if any(sign.search(sentence) for sentence in sentences for sign in _WHOLE_RE):
+        return True
+    return any(_SELF.search(sentence) and not _NAMED.search(sentence) for sentence in sentences)

@@ -5,15 +5,17 @@ score   per retrieval head: softmax of the question's queries over *all* keys, p
         best block's. To that, BM25 of the question's words; each divided by its best.
 follow  the best passage's rarest words that stand elsewhere, too, by BM25: the second fact of a chain shares a name
         with the first, not with the question
+link    from the sentence that has most of the question's words, by its rare names, to the passage that shares them, and
+        on from there: up to three facts further
 take    definitions of what the question names, if it names any (`evermini.recall.definitions`); then best passages
-        first, until the scores fall off or the budget is spent
+        first, until the scores fall off or the budget is spent, and what was linked
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,12 +26,19 @@ from evermini.recall.calibration import Calibration
 from evermini.recall.definitions import Definition
 from evermini.recall.scan import BLOCK, KeyRun, block_mass
 from evermini.recall.segment import Ids
+from evermini.recall.sentences import hashes, names, sentences, weight_of
 from evermini.recall.store import IndexedSegment
 from evermini.recall.words import PassageWords, word_hash, words
 
 NULL_QUESTION = "N/A"
 MAX_SPAN_BLOCKS = 8
 _FOLLOWED_WORDS = 8
+_RARE = 0.7
+"""A name leads on if it has this share of the rarity that one of a single passage has."""
+_CANDIDATES = 4
+"""Of so many of the best passages, the one whose sentence has most of the question's words is where links begin."""
+_LINKED = 0.5
+"""A passage follows another one if it has this share, by rarity, of the rare names in that one's wanted sentence."""
 _FULL_RARITY = 6.0
 """Rarity (inverse document frequency) from which on a word of the question counts in full."""
 
@@ -43,6 +52,7 @@ class Policy:
         falloff: A passage is taken only if its score is at least this share of the best one's.
         min_passages: Passages to take in any case.
         follow: Weight of the best passage's words against the question's own; 0 does not follow chains of facts.
+        max_hops: Passages that are followed, one from the other, by rare names in the sentence that led there.
         mark_end: Say where the excerpts end: it helps mini not to take the question for a part of the last one, and
             confuses nano.
     """
@@ -51,6 +61,7 @@ class Policy:
     falloff: float = 0.35
     min_passages: int = 4
     follow: float = 0.5
+    max_hops: int = 3
     mark_end: bool = True
 
 
@@ -77,11 +88,16 @@ class Ranking:
         blocks: (num_blocks,) the heads' vote; at most the number of heads.
         direct: (num_passages,) from the question itself; the best at most 2.
         total: (num_passages,) with what following gives.
+        hops: Of each step, the words (by hash) that are looked for, with weights: the question's, then those of each
+            passage that is followed.
+        linked: The passages that they led to.
     """
 
     blocks: Tensor
     direct: Tensor
     total: Tensor
+    hops: tuple[Mapping[int, float], ...]
+    linked: tuple[int, ...] = ()
 
 
 class ContextScan:
@@ -129,38 +145,84 @@ class ContextScan:
         return total
 
     def rank(
-        self, blocks: Tensor, question: Sequence[int], follow: float, texts: Sequence[str]
+        self, blocks: Tensor, question: Sequence[int], policy: Policy, texts: Sequence[str]
     ) -> Ranking:
         """Return what the passages get.
 
         Args:
             blocks: From `vote`.
             question: Hashes of the question's words.
-            follow: As in `Policy`.
+            policy: Whether and how far to follow.
             texts: The segments' texts.
         """
         heads = self._by_passage(blocks)
-        direct = _relative(heads) + _relative(torch.from_numpy(self.words.score(question)))
+        asked = dict.fromkeys(question, 1.0)
+        direct = _relative(heads) + _relative(torch.from_numpy(self.words.score(asked)))
+        wanted = {word: min(self.words.rarity(word), _FULL_RARITY) for word in asked}
         best = int(direct.argmax())
         peak = float(direct[best])
-        if not follow or peak <= 0:
-            return Ranking(blocks, direct, direct)
-        segment, start, end = self.passage_place(best)
-        chars = self.segments[segment].char_starts
-        asked = set(question)
-        found = {
-            word_hash(word)
-            for _, _, word in words(texts[segment][int(chars[start]) : int(chars[end])])
-            if len(word) > 2
-        }
-        self.words.look_up(found)
-        new = sorted(word for word in found - asked if self.words.is_shared(word))
-        new.sort(key=lambda word: -self.words.rarity(word))
-        others = torch.from_numpy(self.words.score(new[:_FOLLOWED_WORDS]))
+        if not policy.follow or peak <= 0:
+            return Ranking(blocks, direct, direct, (wanted,))
+        hops, followed = [wanted], [self._nearest(direct, wanted, texts)]
+        seen = set(asked)
+        beside = self._new_words(hashes(self._passage_text(best, texts), least=3), seen)
+        others = torch.from_numpy(self.words.score(dict.fromkeys(beside[:_FOLLOWED_WORDS], 1.0)))
         others[best] = 0
-        others = _relative(others)
-        others[best] = 1  # it stays the best
-        return Ranking(blocks, direct, direct + follow * peak * others)
+        gain = _relative(others)
+        for _ in range(policy.max_hops):
+            hop = self._link(followed[-1], hops[-1], seen, texts)
+            score = self.words.score(dict.fromkeys(hop, 1.0))
+            score[followed] = 0
+            nearest = int(score.argmax())
+            reached = weight_of(self._passage_text(nearest, texts), hop)
+            if not reached or reached < _LINKED * sum(hop.values()):
+                break
+            gain[nearest] = 1
+            hops.append(hop)
+            followed.append(nearest)
+            seen |= set(hop)
+        gain[best] = 1  # it stays the best
+        return Ranking(
+            blocks, direct, direct + policy.follow * peak * gain, tuple(hops), tuple(followed[1:])
+        )
+
+    def _nearest(self, direct: Tensor, wanted: Mapping[int, float], texts: Sequence[str]) -> int:
+        """Return which of the best passages has the sentence with most of the question's words."""
+        few: list[int] = torch.topk(direct, min(_CANDIDATES, self.num_passages)).indices.tolist()
+        return max(few, key=lambda passage: self._key_sentence(passage, wanted, texts)[0])
+
+    def _key_sentence(
+        self, passage: int, wanted: Mapping[int, float], texts: Sequence[str]
+    ) -> tuple[float, str]:
+        """Return a passage's sentence with most of the wanted words, and their weight."""
+        text = self._passage_text(passage, texts)
+        parts = (text[start:end] for start, end in sentences(text))
+        weighed = ((weight_of(part, wanted), part) for part in parts)
+        return max(weighed, key=lambda found: found[0], default=(0.0, ""))
+
+    def _link(
+        self, passage: int, wanted: Mapping[int, float], seen: Collection[int], texts: Sequence[str]
+    ) -> dict[int, float]:
+        """Return the rare names, with their rarity, by which a passage's wanted sentence may lead on to another one."""
+        _, key = self._key_sentence(passage, wanted, texts)
+        rare = _RARE * math.log(1 + self.num_passages)
+        new = self._new_words(names(key), seen)
+        return {
+            word: self.words.rarity(word)
+            for word in new[:_FOLLOWED_WORDS]
+            if self.words.rarity(word) >= rare
+        }
+
+    def _new_words(self, found: Collection[int], seen: Collection[int]) -> list[int]:
+        """Return the words that stand elsewhere, too, the rarest first."""
+        self.words.look_up(found)
+        new = sorted(word for word in found if word not in seen and self.words.is_shared(word))
+        return sorted(new, key=lambda word: -self.words.rarity(word))
+
+    def _passage_text(self, passage: int, texts: Sequence[str]) -> str:
+        segment, start, end = self.passage_place(passage)
+        chars = self.segments[segment].char_starts
+        return texts[segment][int(chars[start]) : int(chars[end])]
 
     def _by_passage(self, blocks: Tensor) -> Tensor:
         """Return each passage's best block's score."""
@@ -257,9 +319,10 @@ def take(
 ) -> dict[int, tuple[float, int]]:
     """Return the blocks to read, each with its passage's score and round (2: found by following).
 
-    A passage is taken as a whole; if its best block is at its edge, with the block beyond. Of one that exceeds what is
-    left of the budget, the part around its best block. Definitions come before all passages, with a score above the
-    best one's, and have half of the budget at most.
+    Taken are the passages whose scores have not fallen off, and those that rare names led to. A passage is taken as a
+    whole; if its best block is at its edge, with the block beyond. Of one that exceeds what is left of the budget, the
+    part around its best block. Definitions come before all passages, with a score above the best one's, and have half
+    of the budget at most.
     """
     scores = ranking.total
     taken = _take_defined(scan, defined, float(scores.max()), policy.max_tokens // 2)
@@ -270,10 +333,15 @@ def take(
     for block in taken:
         _, start, end = scan.block_place(block)
         budget -= end - start
-    for number, passage in enumerate(order):
-        score = float(scores[passage])
-        if budget <= 0 or (number >= policy.min_passages and score <= floor):
+    wanted = [
+        passage
+        for number, passage in enumerate(order)
+        if number < policy.min_passages or float(scores[passage]) > floor
+    ]
+    for passage in dict.fromkeys([*wanted, *ranking.linked]):
+        if budget <= 0:
             break
+        score = float(scores[passage])
         own = scan.passage_blocks(passage)
         peak = own[int(ranking.blocks[own.start : own.stop].argmax())]
         all_of = scan.segment_blocks(scan.passage_place(passage)[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,10 +188,10 @@ class PassageWords:
         """Return whether a word stands in more than one passage."""
         return len(self._postings(word)[0]) > 1
 
-    def score(self, asked: Iterable[int]) -> Floats:
-        """Return each passage's BM25 score, (num_passages,), for different words."""
+    def score(self, asked: Mapping[int, float]) -> Floats:
+        """Return each passage's BM25 score, (num_passages,), for different words, each with its weight."""
         total = np.zeros(self.num_passages, np.float32)
-        for word in dict.fromkeys(asked):
+        for word, weight in asked.items():
             passages, gain = self._postings(word)
-            total[passages] += gain * self.rarity(word)
+            total[passages] += gain * (weight * self.rarity(word))
         return total

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
@@ -226,12 +226,18 @@ class Assembler:
         return len(encode(self._template, request, message_texts))
 
     def excerpts(
-        self, plan: Plan, spans: Iterable[Span], *, mark_end: bool = False
+        self,
+        plan: Plan,
+        spans: Iterable[Span],
+        *,
+        mark_end: bool = False,
+        hops: Sequence[Mapping[int, float]] = (),
     ) -> tuple[list[str], set[Span]]:
         """Return what stands in each long piece's place, and the spans that are in it.
 
         Documents that follow each other in a message share one text, written in the place of the first. Texts with the
-        best spans get room first; each keeps enough to say what is missing. ``mark_end``: say where each ends.
+        best spans get room first; each keeps enough to say what is missing. ``mark_end``: say where each ends;
+        ``hops``: and show the sentences once more that have what is looked for.
         """
         groups = plan.groups
         readings = [""] * len(plan.pieces)
@@ -254,6 +260,7 @@ class Assembler:
                 budget - MARK_TOKENS * (len(ranked) - done),
                 plan.question,
                 mark_end=mark_end,
+                hops=hops,
             )
             readings[groups[number][0]] = result.text
             included |= {own[span] for span in result.included}

@@ -15,6 +15,7 @@ from evermini.service.rendering import encode
 from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest
 from evermini.service.sweep import Sweep, Swept
+from evermini.service.tally import tally_of
 from evermini.service.upstream.model import UpstreamModel
 
 _SURELY_LONG = 8
@@ -43,8 +44,10 @@ async def make_prompt(
     plan = await reader.plan(request, window=window)
     if plan is None:
         return await whole_prompt(served, request) if prompt is None else prompt, None
-    about_all = request.reading == "auto" and needs_whole(plan.question)
-    if request.reading == "sweep" or (about_all and plan.full_tokens <= reader.sweep_limit):
+    is_tally = tally_of(plan.question) is not None
+    about_all = request.reading == "auto" and (is_tally or needs_whole(plan.question))
+    takes_long = plan.full_tokens > reader.sweep_limit and not is_tally
+    if request.reading == "sweep" or (about_all and not takes_long):
         with tracing.span("evermini.read", {"evermini.reading": "sweep"}):
             swept = await Sweep(served, request, plan, progress).run()
         return swept.prompt, swept

@@ -9,15 +9,16 @@ import re
 from dataclasses import dataclass
 
 
-def _words(*lines: str) -> frozenset[str]:
+def words_of(*lines: str) -> frozenset[str]:
+    """Return the words of some lines."""
     return frozenset(word for line in lines for word in line.split())
 
 
-DOCUMENT_NOUNS = _words(
+DOCUMENT_NOUNS = words_of(
     "article chapter contract doc document essay file module page paper report script story"
 )
 """What people call a whole document among several."""
-RECORD_NOUNS = _words(
+RECORD_NOUNS = words_of(
     "abstract answer bullet case chat comment complaint conversation customer email entry event excerpt feedback",
     "headline incident item joke letter line log mail meeting message note opinion order paragraph poem post product",
     "question quote recipe record reply request response result review row section snippet statement step submission",
@@ -29,10 +30,10 @@ _COUNT = re.compile(
 )  # fmt: skip
 _LIST = re.compile(r"\b(?:list|enumerate|all|every|each)\b", re.I)
 _WHICH = re.compile(r"\b(?:which|what)\b", re.I)
-_SKIPPED = _words(
+_SKIPPED = words_of(
     "of the these those all different distinct my our your such out up me us a an every each"
 )
-_ENDS = _words(
+_ENDS = words_of(
     "about above across am are at be been by can contain contained contains did do does express expresses for from had",
     "has have in into is it mention mentioned mentions named on say says should show that their there they this to use",
     "was we were where which who whose will with you",

@@ -227,7 +227,7 @@ class LongReader:
         policy = replace(self.policy, max_tokens=min(self.policy.max_tokens, plan.budget * 2 // 3))
         selection = self.recall().ask(plan.segments, plan.query, policy)
         readings, included = self.assembler.excerpts(
-            plan, selection.spans, mark_end=policy.mark_end
+            plan, selection.spans, mark_end=policy.mark_end, hops=selection.hops
         )
         return Recalled(
             prompt=self.assembler.encode(request, plan.parts, readings),

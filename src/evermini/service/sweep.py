@@ -3,8 +3,9 @@
     swept = await Sweep(served, request, plan, progress).run()
     swept.prompt            # the conversation, with what was found in the long texts' places; fits the window
 
-The question's words choose one of three ways:
+The question's words choose one of four ways:
 
+tally     "which words are most common", "how often is Anna mentioned": counted in code, without a model
 check     "how many reviews are negative", "which emails complain", of a text that is a list: each record is asked about
           by itself, with two possible answers, and the answers are counted in code
 collect   "list every person", "how many cities are named": each window gives the items it has; code joins and counts
@@ -32,6 +33,7 @@ from evermini.service.questions import DOCUMENT_NOUNS, RECORD_NOUNS, wanted
 from evermini.service.reading import OnProgress
 from evermini.service.runtime import ServedModel
 from evermini.service.schemas import ChatRequest
+from evermini.service.tally import Tally, tally_of
 from evermini.service.windows import Part, Window, records, windows
 
 CHECK_TOKENS = 1536
@@ -46,7 +48,7 @@ _SMALLEST_WINDOW = 128
 """A window is not halved below this when its items exceed a reply."""
 _SHOWN_CHARS = 80
 
-Task = Literal["check", "collect", "note"]
+Task = Literal["tally", "check", "collect", "note"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Swept:
         full_tokens: Tokens that were sent.
         task: How it was read.
         question: What was asked of each window; of a record, with its two answers.
-        num_windows: Windows (or records) read.
-        counts: How many records got which answer.
+        num_windows: Windows (or records) read by the model.
+        counts: How many records got which answer, or how often words occur.
         items: What was collected, or the records that have the wanted answer, in order.
         num_empty: Windows that had nothing to say.
         num_dropped: Items that were written though the text does not have them; they are left out.
@@ -138,9 +140,12 @@ class Sweep:
             EngineError: A window could not be read, twice.
             EngineStoppedError: The engine is stopped.
         """
-        found_records = await asyncio.to_thread(self._records)
+        tally = tally_of(self._plan.question)
+        found_records = await asyncio.to_thread(self._records) if tally is None else None
         asked = wanted(self._plan.question)
-        if found_records is not None:
+        if tally is not None:
+            found = await asyncio.to_thread(self._tally, tally)
+        elif found_records is not None:
             found = await self._check(found_records, asked.is_count)
         elif asked.is_count or asked.is_list:
             found = await self._collect()
@@ -161,6 +166,14 @@ class Sweep:
             tokens_read=self._asker.tokens_read,
             tokens_written=self._asker.tokens_written,
             seconds=time.monotonic() - self._began,
+        )
+
+    # Words
+
+    def _tally(self, tally: Tally) -> _Found:
+        counted = tally.count(self._texts)
+        return _Found(
+            "tally", self._plan.question, 0, counted.head, counted.lines, counts=counted.counts
         )
 
     # Records

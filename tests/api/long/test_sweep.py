@@ -55,6 +55,26 @@ def test_each_record_is_asked_about_and_counted_in_code(client):
     assert swept["tokens_read"] > 24 * 20
 
 
+@pytest.mark.parametrize(
+    ("question", "counts"),
+    [
+        ("Which two words are used most often?", {"ember": 4000, "flint": 2000}),
+        ('How often does the word "rarely" occur?', {"rarely": 1}),
+        ("How many words are in this text?", {"words": 6001}),
+    ],
+)
+def test_words_are_counted_in_code_however_long_the_text_is(
+    client, served, monkeypatch, question, counts
+):
+    monkeypatch.setattr(served.reader, "sweep_limit", 1000)
+    text = "ember flint ember\n" * 1000 + "rarely\n" + "ember flint ember\n" * 1000
+    answer = ask(client, as_document(text) + question, extra_body={"x_evermini": {"why": True}})
+    assert answer.x_evermini["reading"] == "sweep"
+    swept = answer.x_evermini["sweep"]
+    assert (swept["task"], swept["counts"]) == ("tally", counts)
+    assert (swept["windows"], swept["tokens_read"], swept["tokens_written"]) == (0, 0, 0)
+
+
 def test_a_list_is_collected_from_every_window_and_has_only_what_the_text_has(client):
     text = story(seed=3, num_lines=90)
     answer = ask(client, as_document(text) + "List every person that is named.")
