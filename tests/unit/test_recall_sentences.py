@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -44,7 +45,7 @@ def test_sentences_are_in_order_and_hold_all_that_is_not_blank():
     text = filler(400, 3) + "\n\nclass A:\n    pass\n\n  Indented. Text?! \n" + filler(90, 4)
     places = sentences(text)
     assert places == sorted(places)
-    assert all(a[1] <= b[0] for a, b in zip(places, places[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(places))
     assert "".join("".join(text[a:b].split()) for a, b in places) == "".join(text.split())
 
 
@@ -106,7 +107,7 @@ def test_a_chain_of_four_facts_is_followed_to_its_end(tmp_path):
     ]
     names = ["QZARA", "BLOMI", "VETCH", "NURGO", "PIXEW"]
     lines[20] = f"VAR {names[0]} = 73697"
-    for number, (old, new) in enumerate(zip(names, names[1:], strict=False)):
+    for number, (old, new) in enumerate(itertools.pairwise(names)):
         lines[300 * (number + 1)] = f"VAR {new} = VAR {old}"
     text = "\n".join(lines)
     recall = fake_recall(tmp_path)
