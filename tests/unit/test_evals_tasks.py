@@ -233,7 +233,8 @@ def test_a_run_of_hotpot_through_the_report(data: DataFolder, tmp_path: Path):
             usage = type("Usage", (), {"prompt_tokens": words(content)})
             text = f"Town{name[1]}" if f"born in Town{name[1]}." in content else "no idea"
             return type(
-                "A", (), {"text": text, "usage": usage, "seconds": 0.1, "recalled": None, "swept": None, "finish_reason": "stop"}
+                "A", (), {"text": text, "usage": usage, "seconds": 0.1, "recalled": None, "swept": None,
+                          "finish_reason": "stop"}
             )  # fmt: skip
 
     pool = make_pool(data.hotpot(), 8, seed=1)
