@@ -40,6 +40,20 @@ def test_the_tests_ids_exist_and_exist_again(mock: openai.OpenAI) -> None:
         mock.conversations.delete("conv_123")
 
 
+def test_files_uploads_and_batches_exist_in_any_order(mock: openai.OpenAI) -> None:
+    for _ in range(2):
+        assert mock.files.content("file_id").read() == b"Example data"
+        mock.files.delete("file_id")
+        mock.uploads.parts.create("upload_abc123", data=b"Example data")
+        assert mock.uploads.complete("upload_abc123", part_ids=["string"]).status == "completed"
+        assert mock.uploads.cancel("upload_abc123").status == "cancelled"
+        assert mock.batches.cancel("batch_id").status == "cancelled"
+    announced = mock.uploads.create(
+        bytes=0, filename="a.txt", mime_type="text/plain", purpose="assistants"
+    )
+    assert announced.bytes == 1
+
+
 def test_pages_of_no_length(mock: openai.OpenAI) -> None:
     assert mock.chat.completions.list(limit=0, after="after").data is not None
     assert mock.conversations.items.list("conv_123", limit=0, after="after").data is not None

@@ -133,7 +133,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         Middleware(BodyLimit, limit=settings.max_request_bytes, by_path=files.BODY_LIMITS)
     )
     if settings.conformance_fixtures:
-        middleware.append(Middleware(ConformanceFixtures, database=database))
+        middleware.append(Middleware(ConformanceFixtures, database=database, blobs=blobs))
     stored = FileService(database, blobs)
     documents = Documents.open(settings, stored)
     jobs = JobRunner(database)

@@ -6,7 +6,8 @@ length, and use ids that nobody has created. With the option
 - every model name is answered to (`Runtime`),
 - the ids below exist, and again after they were deleted,
 - ``model`` and ``input`` are filled in where a body has none, answers are short unless a length is asked for, and
-  ``limit=0`` counts as not given.
+  ``limit=0`` counts as not given,
+- an upload announced with no bytes has one.
 
 Nothing else is different: what the server does not support is refused as ever.
 """
@@ -19,19 +20,24 @@ from collections.abc import Mapping
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic_core import from_json, to_json
+from sqlalchemy import select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evermini.api.conformance_tuning import seed_tunings
 from evermini.service.answer import ChatDelta
+from evermini.service.batches.requests import new_batch, parse_batch
 from evermini.service.generation import Usage
 from evermini.service.responses.events import EventWriter
 from evermini.service.responses.items import Json, parse_items
 from evermini.service.responses.run import new_body
 from evermini.service.responses.schemas import parse_response
 from evermini.storage.adapters import AdapterTable, ModelAlias
+from evermini.storage.batches import BatchRow, BatchStore
+from evermini.storage.blobs import BlobStore
 from evermini.storage.chats import ChatStore
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
+from evermini.storage.files import FileStore, Piece, StoredFile, UploadPartRow, UploadRow
 from evermini.storage.responses import ResponseStore, StoredResponse
 
 RESPONSES = ("resp_677efb5139a88190b512bc3fef8e535d", "resp_123", "response_id")
@@ -39,21 +45,28 @@ COMPLETIONS = ("completion_id", "after")
 CONVERSATION = "conv_123"
 FINE_TUNED = "ft:gpt-4o-mini:acemeco:suffix:abc123"
 ITEMS = ("msg_abc", "after")
+FILES = {"file_id": "assistants", "input_file_id": "batch", "after": "assistants"}
+"""Id -> purpose."""
+BATCHES = ("batch_id", "after")
+UPLOAD = "upload_abc123"
+PART = "string"
 
 _USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
 _DEFAULTS: Mapping[str, Json] = {
     "/v1/chat/completions": {"max_completion_tokens": 16},
     "/v1/responses": {"model": "model", "input": "string", "max_output_tokens": 16},
     "/v1/responses/input_tokens": {"model": "model", "input": "string"},
+    "/v1/uploads": {},
 }
 
 
 class ConformanceFixtures:
     """Middleware that makes the mock's world true before each request."""
 
-    def __init__(self, app: ASGIApp, *, database: Database) -> None:
+    def __init__(self, app: ASGIApp, *, database: Database, blobs: BlobStore) -> None:
         self._app = app
         self._database = database
+        self._blobs = blobs
         self._seeding = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,7 +75,10 @@ class ConformanceFixtures:
             await self._app(scope, receive, send)
             return
         async with self._seeding:
-            await self._database.run(seed, self._database)
+            await self._database.run(seed, self._database, self._blobs)
+            if scope["path"].startswith("/v1/uploads/"):
+                has_part = not scope["path"].endswith("/parts")
+                await self._database.run(_reset_upload, self._database, self._blobs, has_part)
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         kept = [pair for pair in query if pair != ("limit", "0")]
         defaults = _DEFAULTS.get(scope["path"]) if scope["method"] == "POST" else None
@@ -84,6 +100,8 @@ async def _with_defaults(receive: Receive, defaults: Json) -> Receive:
     given = from_json(body) if body else {}
     if "max_tokens" in given:  # the older name of what is filled in
         defaults = {}
+    if given.get("bytes") == 0:
+        given["bytes"] = 1
     body = to_json({**defaults, **given})
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -93,7 +111,7 @@ async def _with_defaults(receive: Receive, defaults: Json) -> Receive:
     return replay
 
 
-def seed(database: Database) -> None:
+def seed(database: Database, blobs: BlobStore) -> None:
     """Create what does not exist of the objects that the tests ask for."""
     chats, conversations = ChatStore(database), ConversationStore(database)
     responses = ResponseStore(database)
@@ -113,6 +131,61 @@ def seed(database: Database) -> None:
             stored, events = _response(response_id)
             responses.add(stored, events=events)
     seed_tunings(database)
+    now, files = int(time.time()), FileStore(database)
+    for file_id, purpose in FILES.items():
+        if files.get(file_id, now) is None:
+            pieces = (_piece(blobs),)
+            size = pieces[0].num_bytes
+            files.add(StoredFile(file_id, "file.jsonl", purpose, size, now, None, pieces))
+    batches = BatchStore(database)
+    for batch_id in BATCHES:
+        if batches.get(batch_id) is None:
+            _add_batch(database, batch_id)
+
+
+def _piece(blobs: BlobStore) -> Piece:
+    writer = blobs.create()
+    writer.write(b"Example data")
+    writer.close()
+    return Piece(writer.name, writer.num_bytes)
+
+
+def _add_batch(database: Database, batch_id: str) -> None:
+    """Add a batch that nobody will work on, and that may be cancelled again."""
+    wanted = parse_batch(
+        {
+            "input_file_id": "input_file_id",
+            "endpoint": "/v1/responses",
+            "completion_window": "24h",
+        }
+    )
+    status = {"id": batch_id, "status": "cancelled", "cancelled_at": int(time.time())}
+    body = {**new_batch(wanted, "input_file_id"), **status}
+    with database.writing() as session:
+        session.add(BatchRow(id=batch_id, status="cancelled", body=body))
+
+
+def _reset_upload(database: Database, blobs: BlobStore, has_part: bool) -> None:
+    """Make the upload pending again: with all of its bytes, or none, which is what another part can be added to."""
+    piece = _piece(blobs)
+    now = int(time.time())
+    with database.writing() as session:
+        for old in session.scalars(select(UploadRow).where(UploadRow.id == UPLOAD)):
+            session.delete(old)
+        session.flush()
+        part = UploadPartRow(id=PART, blob=piece.blob, num_bytes=piece.num_bytes)
+        session.add(
+            UploadRow(
+                id=UPLOAD,
+                filename="file.jsonl",
+                purpose="assistants",
+                num_bytes=piece.num_bytes,
+                created_at=now,
+                expires_at=now + 3600,
+                status="pending",
+                parts=[part] if has_part else [],
+            )
+        )
 
 
 def _item(item_id: str) -> Json:

@@ -71,31 +71,7 @@ class BatchService:
                 f"The file {file.id} has {file.num_bytes} bytes; batches take at most {MAX_INPUT_BYTES}. Split it.",
                 param="input_file_id",
             )
-        now = int(time.time())
-        body = {
-            "id": f"batch_{random_token(32)}",
-            "object": "batch",
-            "endpoint": wanted.endpoint,
-            "model": None,
-            "errors": None,
-            "input_file_id": file.id,
-            "completion_window": wanted.completion_window,
-            "status": "validating",
-            "output_file_id": None,
-            "error_file_id": None,
-            "created_at": now,
-            "in_progress_at": None,
-            "expires_at": now + WINDOW_SECONDS,
-            "finalizing_at": None,
-            "completed_at": None,
-            "failed_at": None,
-            "expired_at": None,
-            "cancelling_at": None,
-            "cancelled_at": None,
-            "request_counts": {"total": 0, "completed": 0, "failed": 0},
-            "usage": None,
-            "metadata": wanted.metadata,
-        }
+        body = new_batch(wanted, file.id)
         expires = wanted.output_expires_after
         caller = current_caller.get()
         batch = StoredBatch(
@@ -134,6 +110,35 @@ class BatchService:
                 f"Cannot cancel a batch with status '{batch.status}'.", param="batch_id"
             )
         return batch
+
+
+def new_batch(wanted: BatchCreate, file_id: str) -> dict[str, Any]:
+    """Return the object of a new batch whose input is the file ``file_id``."""
+    now = int(time.time())
+    return {
+        "id": f"batch_{random_token(32)}",
+        "object": "batch",
+        "endpoint": wanted.endpoint,
+        "model": None,
+        "errors": None,
+        "input_file_id": file_id,
+        "completion_window": wanted.completion_window,
+        "status": "validating",
+        "output_file_id": None,
+        "error_file_id": None,
+        "created_at": now,
+        "in_progress_at": None,
+        "expires_at": now + WINDOW_SECONDS,
+        "finalizing_at": None,
+        "completed_at": None,
+        "failed_at": None,
+        "expired_at": None,
+        "cancelling_at": None,
+        "cancelled_at": None,
+        "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        "usage": None,
+        "metadata": wanted.metadata,
+    }
 
 
 def _no_such_batch(batch_id: str) -> NotFoundError:
