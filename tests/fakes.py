@@ -128,6 +128,50 @@ class TinyModel:
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+class ScriptedModel(TinyModel):
+    """Writes what it is told to, whatever it is asked: one request with one choice at a time.
+
+    It goes on from the text that is there: a grammar may have chosen other tokens for what it forces.
+
+    Args:
+        config: The model's.
+        vocabulary: Tokens by their bytes, each single byte among them.
+        end_id: The end token.
+    """
+
+    def __init__(self, config: ModelConfig, vocabulary: dict[bytes, int], end_id: int) -> None:
+        super().__init__(config)
+        self._vocabulary, self._end_id = vocabulary, end_id
+        self._bytes = {token_id: raw for raw, token_id in vocabulary.items()}
+        self._tokens: dict[int, int] = {}
+        self.say(b"", [])
+
+    def say(self, script: bytes, cuts: list[int]) -> None:
+        """Let the next answer be ``script``; its tokens are as long as can be without going over one of the cuts."""
+        self._script, self._cuts = script, sorted([*cuts, len(script)])
+        self._start: int | None = None
+
+    def forward_hidden(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        hidden = torch.zeros(len(batch.token_ids), self.config.hidden_size)
+        self._tokens.update(zip(batch.positions.tolist(), batch.token_ids.tolist(), strict=True))
+        positions = batch.positions[batch.logits_rows].tolist()
+        logits = torch.zeros(len(positions), self.config.vocab_size)
+        for row, position in enumerate(positions):
+            if self._start is None:
+                self._start = position  # the last token of the prompt
+            logits[row, self._next(self._start, position)] = 50.0
+        return logits, hidden
+
+    def _next(self, start: int, position: int) -> int:
+        written = [self._bytes.get(self._tokens[p], b"") for p in range(start + 1, position + 1)]
+        at = len(b"".join(written))
+        end = next((cut for cut in self._cuts if cut > at), at)
+        for length in range(end - at, 0, -1):
+            if (token_id := self._vocabulary.get(self._script[at : at + length])) is not None:
+                return token_id
+        return self._end_id
+
+
 def greedy_oracle(
     model: TinyModel, prompt_ids: list[int], num_tokens: int, adapter: TinyAdapter | None = None
 ) -> list[int]:

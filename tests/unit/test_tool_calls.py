@@ -153,10 +153,48 @@ def test_examples(
         assert not accepts(compiler, tokenizer, required, text)
 
 
+REPEATS = [
+    ("hermes", marked(call("now", "{}"), call("now", "{}"), call("get_weather", PARIS)), [("now", "{}")]),
+    (
+        "hermes",
+        "```json\n[\n" + ",\n".join(call("get_weather", a) for a in (PARIS, ODD, PARIS, ODD)) + "\n]\n```",
+        [("get_weather", PARIS), ("get_weather", ODD)],
+    ),
+    (
+        "generic",
+        f"{call('now', '{}')}\n{call('get_weather', PARIS)}\n{call('now', '{}')}",
+        [("now", "{}"), ("get_weather", PARIS)],
+    ),
+    (
+        "hermes",
+        marked('{"name": "note"}\nab', '{"name": "note"}\nabc', '{"name": "note"}\nab'),
+        [("note", "ab"), ("note", "abc")],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "text", "expected"), REPEATS)
+def test_a_repeated_call_ends_the_answer(
+    family: str, text: str, expected: list[tuple[str, str]]
+) -> None:
+    syntax = SYNTAXES[family]
+    assert parse(syntax, [text]) == ("", expected)
+    assert parse(syntax, list(text)) == ("", expected)
+    parser = CallParser(syntax, ALL)
+    parser.push(text)
+    assert parser.has_ended
+
+
+def test_what_is_cut_while_it_could_be_a_repeat_is_a_call_that_was_cut() -> None:
+    text = marked(call("get_weather", PARIS), call("get_weather", PARIS[:10]))
+    cut = text[: text.rindex(PARIS[:10]) + 10]
+    assert parse(HERMES, list(cut)) == ("", [("get_weather", PARIS), ("get_weather", PARIS[:10])])
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_how_it_is_cut_does_not_show(data: st.DataObject) -> None:
-    family, text, _ = data.draw(st.sampled_from(EXAMPLES))
+    family, text, _ = data.draw(st.sampled_from([*EXAMPLES, *REPEATS]))
     syntax = SYNTAXES[family]
     text = text[: data.draw(st.integers(0, len(text)))]  # the token limit may come anywhere
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
@@ -282,6 +320,24 @@ class TestFormats:
     def templates(self) -> dict[str, str]:
         folder = Path(__file__).parent / "templates"
         return {path.stem: path.read_text() for path in folder.iterdir()}
+
+    def test_several_calls_are_asked_for_with_the_names_of_functions(self) -> None:
+        form = choose_format("{% if tools %}<tool_call>{% endif %}", True)
+        messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+        asked, _ = form.prepare(messages, [NOTE, WEATHER, NOW], several=True)
+        assert [m["role"] for m in asked] == ["system", "user"]
+        told = asked[0]["content"]
+        assert told.startswith("Be kind.\n\n")
+        example = '[{"name": "get_weather", "arguments": {...}}, {"name": "now", "arguments": {...}}, ...]'
+        assert example in told
+        assert asked[1] == messages[1]
+        assert form.prepare(messages, [NOTE, WEATHER])[0] == messages
+        assert form.prepare(messages, [NOTE], several=True)[0] == messages
+        assert form.prepare(messages, [], several=True)[0] == messages
+        alone, _ = form.prepare(messages[1:], [NOW], several=True)
+        assert [m["role"] for m in alone] == ["system", "user"]
+        llama = choose_format('{{ tools }} ipython "parameters": ', True)
+        assert llama.prepare(messages, [NOW], several=True)[0] == messages
 
     def test_chosen_by_the_template(self) -> None:
         qwen = "{% if tools %}<tool_call>{% endif %}"

@@ -22,6 +22,11 @@ def tools_shown(toolset: Toolset) -> list[ToolSpec]:
     return [] if toolset.mode == "none" else specs(toolset.tools, toolset)
 
 
+def may_list(toolset: Toolset, syntax: Syntax) -> bool:
+    """Return whether the grammar lets the model write several calls as a JSON list."""
+    return toolset.mode == "auto" and toolset.parallel and syntax.takes_plain
+
+
 def specs(tools: Sequence[Tool], toolset: Toolset) -> list[ToolSpec]:
     """Return ``tools``, some of the toolset's, as the text layer knows them."""
     numbers = {tool.name: number for number, tool in enumerate(toolset.tools)}
@@ -33,10 +38,10 @@ def new_parser(request: ChatRequest, form: ToolFormat) -> partial[CallParser] | 
     toolset = request.toolset
     if toolset.mode == "none":
         return None
-    return partial(CallParser, _syntax(request, form), specs(toolset.callable, toolset))
+    return partial(CallParser, answer_syntax(request, form), specs(toolset.callable, toolset))
 
 
-def _syntax(request: ChatRequest, form: ToolFormat) -> Syntax:
+def answer_syntax(request: ChatRequest, form: ToolFormat) -> Syntax:
     """Return how calls are written: where answers are JSON, with marks alone."""
     if request.answer_schema is None:
         return form.syntax
@@ -70,7 +75,7 @@ def compile_tools(request: ChatRequest, form: ToolFormat, compiler: GrammarCompi
         request.answer_schema,
         form.syntax.tag is not None and compiler.is_special(form.syntax.tag),
     )
-    return compiler.lark(tool_grammar(_syntax(request, form), rules))
+    return compiler.lark(tool_grammar(answer_syntax(request, form), rules))
 
 
 def _spec(tool: Tool, number: int, is_legacy: bool) -> ToolSpec:

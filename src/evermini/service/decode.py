@@ -28,7 +28,7 @@ class Piece:
     Attributes:
         text: Complete characters that cannot belong to a stop string or a tool call any more.
         logprobs: The tokens whose text starts in what was released so far; empty if none were asked for.
-        stopped: A stop string was found; nothing follows.
+        stopped: A stop string or a repeated call was found; nothing follows.
         calls: What tool calls gained.
     """
 
@@ -74,15 +74,15 @@ class ChoiceDecoder:
         Args:
             end: The token it ended with, to be listed after the others; it has no text.
         """
-        text, calls = self._detokenizer.finish(), list[CallPiece]()
+        text = self._detokenizer.finish()
         self._num_decoded += len(text)
-        had_called = False
-        if self._calls is not None:
+        if self._calls is None:
+            piece = self._release(*self._stops.push(text))
+        else:
             had_called = self._calls.has_called
             text, calls = self._calls.push(text)
             held, more = self._calls.finish()
-            text, calls = text + held, calls + more
-        piece = self._match(text, calls, had_called)
+            piece = self._match(text + held, calls + more, had_called)
         if piece.stopped:
             return piece
         if self._calls is not None and self._calls.has_called:
@@ -98,13 +98,14 @@ class ChoiceDecoder:
 
     def _match(self, text: str, calls: Sequence[CallPiece], had_called: bool) -> Piece:
         """Release text and calls; stop strings are looked for in text alone, which ends where calls begin."""
+        assert self._calls is not None, "calls are read"
         shown, stopped = self._stops.push(text)
         if stopped:
             return self._release(shown, stopped=True)
         if calls and not had_called:
             shown += self._stops.finish()
         piece = self._release(shown, stopped=False)
-        return replace(piece, calls=tuple(calls))
+        return replace(piece, calls=tuple(calls), stopped=self._calls.has_ended)
 
     def _release(self, text: str, stopped: bool) -> Piece:
         self._num_released += len(text)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from evermini.errors import InvalidRequestError
-from evermini.service.calling import tools_shown
+from evermini.service.calling import answer_syntax, may_list, tools_shown
 from evermini.service.messages import Message
 from evermini.service.schemas import ChatRequest
 from evermini.service.tools import Toolset
 from evermini.text.chat import ChatTemplate
 from evermini.text.chat import Message as TemplateMessage
+from evermini.text.tools.syntax import Syntax
 
 
 def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -> list[int]:
@@ -30,7 +31,8 @@ def encode(template: ChatTemplate, request: ChatRequest, texts: Sequence[str]) -
     ]
     if request.response_format is not None and (told := request.response_format.instruction):
         messages = with_instruction(messages, told)
-    return template.encode_chat(*_with_tools(template, messages, request.toolset))
+    syntax = answer_syntax(request, template.tool_format)
+    return template.encode_chat(*_with_tools(template, messages, request.toolset, syntax))
 
 
 def encode_answer(
@@ -48,16 +50,19 @@ def encode_answer(
             param=f"messages[{len(messages) - 1}].tool_calls",
         )
     written: list[TemplateMessage] = [message.for_template(message.text()) for message in messages]
-    return template.encode_answer(*_with_tools(template, written, toolset))
+    syntax = template.tool_format.syntax
+    return template.encode_answer(*_with_tools(template, written, toolset, syntax))
 
 
 def _with_tools(
-    template: ChatTemplate, messages: list[TemplateMessage], toolset: Toolset
+    template: ChatTemplate, messages: list[TemplateMessage], toolset: Toolset, syntax: Syntax
 ) -> tuple[list[TemplateMessage], list[dict[str, Any]] | None]:
     """Return messages and tool definitions as the model's template wants them."""
     if not toolset.tools and not any("tool_calls" in m or m["role"] == "tool" for m in messages):
         return messages, None
-    return template.tool_format.prepare(_with_tool_names(messages), tools_shown(toolset))
+    return template.tool_format.prepare(
+        _with_tool_names(messages), tools_shown(toolset), several=may_list(toolset, syntax)
+    )
 
 
 def _with_tool_names(messages: Sequence[TemplateMessage]) -> list[TemplateMessage]:

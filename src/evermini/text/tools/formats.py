@@ -27,13 +27,14 @@ class ToolFormat:
     syntax: Syntax
 
     def prepare(
-        self, messages: Sequence[Message], tools: Sequence[ToolSpec]
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec], *, several: bool = False
     ) -> tuple[list[Message], list[dict[str, Any]] | None]:
         """Return the messages and tool definitions to hand to the chat template.
 
         Args:
             messages: As OpenAI's, with ``type`` ``function`` or ``custom`` in their calls.
             tools: What the model is told of.
+            several: Ask for a call per thing wanted, where the family's template does not and the syntax allows it.
         """
         if self.family == "generic":
             written = list(self._as_text(messages))
@@ -46,6 +47,9 @@ class ToolFormat:
                 prepared.append(message)
         if self.syntax.max_calls == 1:
             prepared = list(_one_call_each(prepared))
+        functions = [tool for tool in tools if tool.kind == "function"]
+        if several and functions and self.syntax.takes_plain:
+            prepared = _with_system(prepared, _listing(functions))
         return prepared, [_definition(tool) for tool in tools] or None
 
     def _as_text(self, messages: Sequence[Message]) -> Iterator[Message]:
@@ -127,6 +131,18 @@ def _instructions(tools: Sequence[ToolSpec]) -> str:
         '{"name": "FUNCTION", "arguments": {"ARGUMENT": VALUE}}\n'
         "Take the values from the user's words. Write several calls on a line each. "
         "If no function fits, answer in plain words."
+    )
+
+
+def _listing(functions: Sequence[ToolSpec]) -> str:
+    """Return how to write several calls at once; with placeholders for names, small models would write those."""
+    first, last = (
+        f'{{"name": "{tool.name}", "arguments": {{...}}}}' for tool in (functions[0], functions[-1])
+    )
+    return (
+        "If the request names several items, places or tasks, each needs a call of its own. "
+        f"Write all of the calls in one JSON list, one entry per item:\n[{first}, {last}, ...]\n"
+        "Otherwise write one call. If no function fits the request, answer in plain words."
     )
 
 

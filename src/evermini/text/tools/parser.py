@@ -26,7 +26,8 @@ class CallParser:
     """Splits one answer into text and calls.
 
     White space around a call belongs to neither. What looks like a call and is none is text; text behind the first
-    call is dropped (the grammar allows none).
+    call is dropped (the grammar allows none). A call that repeats an earlier one, argument for argument, ends the
+    answer and is dropped: small models that have made all of their calls begin again.
 
     Args:
         syntax: How the model writes calls.
@@ -45,6 +46,9 @@ class CallParser:
         self._seen = ""
         """What was taken from the buffer and would be text after all if no call follows."""
         self._num_calls = 0
+        self._made: list[tuple[str, str]] = []
+        self._call = _OpenCall()
+        self._is_repeated = False
         self._json = _JsonEnd()
         self._text: list[str] = []
         self._pieces: list[CallPiece] = []
@@ -53,6 +57,11 @@ class CallParser:
     def has_called(self) -> bool:
         """A call has begun."""
         return self._num_calls > 0
+
+    @property
+    def has_ended(self) -> bool:
+        """A call was a repeat of an earlier one: nothing that follows is shown."""
+        return self._is_repeated
 
     def push(self, text: str) -> tuple[str, list[CallPiece]]:
         """Take more of the answer; return what text and what calls it adds."""
@@ -68,9 +77,12 @@ class CallParser:
         held, self._buffer = self._buffer, ""
         if self._state in (self._in_text, self._before_answer):
             return held, []
-        if self._state == self._in_input and held:
-            return "", [CallPiece(self._num_calls - 1, arguments=held)]
-        return "", []
+        if self._state == self._in_input:
+            self._grow(held)
+        if self._state in (self._in_input, self._in_arguments):
+            self._tell()
+        pieces, self._pieces = self._pieces, []
+        return "", pieces
 
     # States: each takes what it can from the buffer and returns whether another one is on now.
 
@@ -121,9 +133,9 @@ class CallParser:
     def _begin(self, tool: ToolSpec, head_length: int) -> None:
         """Begin a call whose head the buffer begins with."""
         self._buffer = self._buffer[head_length:]
-        self._pieces.append(CallPiece(self._num_calls, tool))
-        self._num_calls += 1
+        self._call = _OpenCall(tool)
         self._json = _JsonEnd()
+        self._grow("")
         if tool.kind == "function":
             self._state = self._in_arguments
         else:
@@ -154,10 +166,12 @@ class CallParser:
     def _in_arguments(self) -> bool:
         end = self._json.find(self._buffer)
         taken = self._buffer if end is None else self._buffer[:end]
-        self._pieces.append(CallPiece(self._num_calls - 1, arguments=taken))
+        self._grow(taken)
         self._buffer = self._buffer[len(taken) :]
         if end is None:
             return False
+        if self._ends_repeated():
+            return True
         if self._is_plain:
             self._state = self._between_plain
         else:
@@ -180,7 +194,8 @@ class CallParser:
         self._take_input(free)
         if at < 0:
             return False
-        self._expect(closer)
+        if not self._ends_repeated():
+            self._expect(closer)
         return True
 
     def _in_last_input(self) -> bool:
@@ -189,8 +204,37 @@ class CallParser:
 
     def _take_input(self, length: int) -> None:
         if length:
-            self._pieces.append(CallPiece(self._num_calls - 1, arguments=self._buffer[:length]))
+            self._grow(self._buffer[:length])
             self._buffer = self._buffer[length:]
+
+    def _grow(self, text: str) -> None:
+        """Take more of a call's arguments; they are told as soon as no earlier call begins like this."""
+        call = self._call
+        call.arguments += text
+        if call.is_told or not any(
+            name == call.name and arguments.startswith(call.arguments)
+            for name, arguments in self._made
+        ):
+            self._tell()
+
+    def _tell(self) -> None:
+        call = self._call
+        if not call.is_told:
+            self._pieces.append(CallPiece(self._num_calls, call.tool))
+            self._num_calls += 1
+            call.is_told = True
+        if new := call.arguments[call.num_told :]:
+            self._pieces.append(CallPiece(self._num_calls - 1, arguments=new))
+            call.num_told = len(call.arguments)
+
+    def _ends_repeated(self) -> bool:
+        """Close the call, whose end was found; return whether it is a repeat, after which nothing counts."""
+        if self._call.is_told:
+            self._made.append((self._call.name, self._call.arguments))
+            return False
+        self._is_repeated = True
+        self._state = self._after_calls
+        return True
 
     def _expect(self, end: str) -> None:
         """Go on with the end of a call, then perhaps another one."""
@@ -211,6 +255,28 @@ class CallParser:
     def _after_calls(self) -> bool:
         self._buffer = ""
         return False
+
+
+@dataclass
+class _OpenCall:
+    """The call that is being read.
+
+    Attributes:
+        tool: What is called.
+        arguments: As far as they were read.
+        is_told: It is no repeat of an earlier call.
+        num_told: Characters of the arguments that were told.
+    """
+
+    tool: ToolSpec | None = None
+    arguments: str = ""
+    is_told: bool = False
+    num_told: int = 0
+
+    @property
+    def name(self) -> str:
+        """The tool's name."""
+        return self.tool.name if self.tool else ""
 
 
 class _JsonEnd:
