@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from urllib.parse import parse_qsl, urlencode
 
 from pydantic_core import from_json, to_json
-from sqlalchemy import select
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from evermini.api.conformance_tuning import seed_tunings
@@ -170,7 +169,7 @@ def _reset_upload(database: Database, blobs: BlobStore, has_part: bool) -> None:
     piece = _piece(blobs)
     now = int(time.time())
     with database.writing() as session:
-        for old in session.scalars(select(UploadRow).where(UploadRow.id == UPLOAD)):
+        for old in session.query(UploadRow).filter_by(id=UPLOAD).all():
             session.delete(old)
         session.flush()
         part = UploadPartRow(id=PART, blob=piece.blob, num_bytes=piece.num_bytes)
