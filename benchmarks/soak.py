@@ -174,6 +174,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         process = start(Path(name), options.model, port)
         try:
+            with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-") as api:
+                api.completions.create(model=options.served, prompt="warm " * 200, max_tokens=64)
             print(f"{options.clients} clients, {options.model}, {options.minutes:g} minutes each")
             print(HEADING)
             num_errors = 0
