@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from evermini.config import Settings
 from evermini.errors import EverminiError
@@ -68,18 +67,15 @@ def steer(settings: Settings, job_id: str, what: Literal["cancel", "pause", "res
 
 
 def print_jobs(settings: Settings) -> None:
-    """List jobs."""
-    table = Table("Job", "Created", "Model", "Status", "Fine-tuned model", box=None)
+    """List jobs, a line each: ids and names are for copying, so nothing is cut to the terminal's width."""
     with Database.open(settings) as database:
         found = TuningStore(database).list(Cursor(limit=100, order="desc"))
     assert found is not None, "there is no cursor"
     for tuning in found.rows:
         body = tuning.body
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(body["created_at"]))
-        table.add_row(
-            tuning.id, created, body["model"], tuning.status, body["fine_tuned_model"] or ""
-        )
-    Console(soft_wrap=True).print(table)
+        made = body["fine_tuned_model"] or ""
+        print(f"{tuning.id}  {created}  {tuning.status:<16}  {body['model']}  {made}".rstrip())
 
 
 def print_logs(settings: Settings, job_id: str, *, follow: bool, plot: Path | None) -> None:

@@ -95,7 +95,7 @@ def train(
     set_seed(spec.seed)  # the adapter's first weights
     model = _model(spec, folder, checkpoint, device)
     checkpointing = device.type == "cuda" or _needs_checkpointing(
-        checkpoint.config, int(micro * trainers.lengths(dataset).mean())
+        checkpoint.config, _most_tokens(trainers.lengths(dataset), micro)
     )
     args = _arguments(spec, folder, device, micro, steps, checkpointing)
     kind = trainers.Supervised if spec.method == "supervised" else trainers.Preferences
@@ -141,6 +141,12 @@ def _model(spec: TrainingSpec, folder: Path, checkpoint: Checkpoint, device: tor
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
+
+
+def _most_tokens(lengths: np.ndarray[Any, Any], micro: int) -> int:
+    """Return how many tokens ``micro`` examples drawn at random hardly ever exceed."""
+    likely = micro * lengths.mean() + 3 * lengths.std() * micro**0.5
+    return int(max(lengths.max(), min(likely, micro * lengths.max())))
 
 
 def _needs_checkpointing(config: ModelConfig, num_tokens: int) -> bool:
