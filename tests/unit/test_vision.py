@@ -17,7 +17,7 @@ from evermini.vision.classify import Classifier
 from evermini.vision.colours import main_colours
 from evermini.vision.images import open_image
 from evermini.vision.layout import lay_out
-from evermini.vision.perception import Perception
+from evermini.vision.perception import Perception, describe
 from evermini.vision.reading import Line, TextReader
 from tests.conftest import data_file
 from tests.images import bomb, encoded, text_image
@@ -145,6 +145,15 @@ def test_a_description_says_what_is_not_known(tmp_path: Path):
     assert "64 x 48 pixels, mostly blue" in text
     assert "No text was found on it." in text
     assert "More than this is not known" in text
+
+
+def test_guesses_give_way_to_text_but_not_to_specks_of_it():
+    picture = open_image(encoded(Image.new("RGB", (64, 48))))
+    unsure, sure = [("pill bottle", 0.2)], [("espresso", 0.9)]
+    speck, sentence = line("S", 1, 1, 9), line("Let us first determine the markers", 1, 30, 60)
+    assert "pill bottle" in describe(picture, [speck], unsure)
+    assert "pill bottle" not in describe(picture, [speck, sentence], unsure)
+    assert "espresso" in describe(picture, [speck, sentence], sure)
 
 
 def test_an_image_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 LOW_SIDE = 512
 """Pixels of the longer side that ``detail: low`` looks at."""
 CACHE_BYTES = 256 << 20
-_VERSION = 1
+_VERSION = 2
 """Changes when the same image is read in another way."""
 _PAGE_LINES = 8
 """An image with so many lines of text is a page or screenshot: the classifier knows no such things."""
 _LIKELY = 0.5
 """From here on a guess stands beside text, too: what is written on an image confuses the classifier."""
+_TEXT_CHARS = 20
+"""Fewer letters than this are a label, or texture that looks like letters."""
 _POSSIBLE = 0.15
 
 
@@ -93,7 +95,8 @@ def describe(picture: Picture, lines: Sequence[Line], guesses: Sequence[tuple[st
     width, height = picture.size
     colours = " and ".join(name for name, _ in main_colours(picture.image)[:2])
     parts = [f"(an image of {width} x {height} pixels{f', mostly {colours}' if colours else ''})"]
-    if guesses and (not lines or guesses[0][1] >= _LIKELY):
+    is_text = sum(char.isalnum() for line in lines for char in line.text) >= _TEXT_CHARS
+    if guesses and (not is_text or guesses[0][1] >= _LIKELY):
         parts.append(_shown(guesses))
     if lines:
         columns = ' " | " separates columns;' if COLUMN in (text := lay_out(lines)) else ""
