@@ -134,6 +134,31 @@ def test_nothing_invalid_is_written(schema, seed):
         ),
         ({"type": "array", "contains": {"const": 1}}, [[1], [1, 2]], [[], [2]]),
         (
+            {
+                "type": "array",
+                "uniqueItems": True,
+                "items": {"enum": ["a", 1, None]},
+                "minItems": 1,
+            },
+            [["a"], [1, "a"], [None, "a", 1]],
+            [[], ["a", "a"], [1, None, 1], ["b"], ["a", 1, None, "a"]],
+        ),
+        (
+            {"type": "array", "uniqueItems": True, "items": {"type": "boolean"}, "maxItems": 9},
+            [[], [True], [False, True]],
+            [[True, True], [True, False, True]],
+        ),
+        (
+            {
+                "type": "array",
+                "uniqueItems": True,
+                "items": {"type": "string", "enum": ["ab", "abc", 3]},
+                "maxItems": 1,
+            },
+            [[], ["ab"], ["abc"]],
+            [[3], ["ab", "abc"]],
+        ),
+        (
             {"type": "object", "propertyNames": {"enum": ["a", "b"]}},
             [{}, {"a": 1}],
             [{"c": 1}],
@@ -173,6 +198,14 @@ def test_keywords_in_terms_of_others(schema, good, bad):
     ("schema", "message"),
     [
         ({"uniqueItems": True}, "In context=(), 'uniqueItems' is not supported"),
+        (
+            {"type": "array", "uniqueItems": True, "items": {"enum": [1, 1.0]}},
+            "In context=(), 'uniqueItems' is not supported",
+        ),
+        (
+            {"type": "array", "uniqueItems": True, "items": {"enum": [1, 2, 3, 4, 5, 6]}},
+            "In context=(), 'uniqueItems' is not supported",
+        ),
         (
             {"properties": {"a": {"unevaluatedItems": False}}},
             "('properties', 'a'), 'unevaluatedItems'",

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from evermini.errors import InvalidRequestError
 from evermini.text.json_formats import ENFORCED_FORMATS, FORMAT_PATTERNS, REFUSED_FORMATS
 from evermini.text.negation import Negation
+from evermini.text.unique import unique_arrays
 
 Json = Mapping[str, Any]
 Schema = Json | bool
@@ -111,6 +112,8 @@ class _Rewriter:
             return schema
         if not isinstance(schema, Mapping):
             raise SchemaError(context, "a schema must be an object or a boolean.")
+        if (listed := unique_arrays(schema)) is not None:
+            return listed
         if "$ref" in schema and self._ref_stands_alone:
             return {"$ref": self._reference(schema["$ref"], (*context, "$ref"))}
         result: dict[str, Any] = {}
