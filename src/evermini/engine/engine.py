@@ -32,7 +32,7 @@ from evermini.engine.request import (
     SamplingParams,
 )
 from evermini.engine.sampler import Sampler, prompt_logprobs
-from evermini.engine.scheduler import Chunk, Scheduler
+from evermini.engine.scheduler import Chunk, Scheduler, adapter_rows
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import Drafter
 from evermini.errors import (
@@ -42,7 +42,7 @@ from evermini.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from evermini.models.batch import BLOCK_SIZE, Adapter, AdapterRows, ForwardBatch, Model
+from evermini.models.batch import BLOCK_SIZE, Adapter, ForwardBatch, Model
 from evermini.models.lora import LoraWeights
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ class Engine:
 
         A failing model ends the requests of this step with `Finished` ``"error"``; the engine lives on.
         """
-        if chunks := sorted(self._scheduler.schedule(), key=_adapter_key):
+        if chunks := self._scheduler.schedule():
             started = time.perf_counter()
             masks = self._masks.begin([c.sequence for c in chunks if _draws(c)])
             try:
@@ -351,7 +351,7 @@ class Engine:
             context_lens=torch.tensor([chunk.context for chunk in chunks], dtype=torch.int32),
             block_tables=torch.from_numpy(block_tables),
             logits_rows=torch.tensor(rows, dtype=torch.int64),
-            adapters=_adapter_rows(chunks, query_start.tolist()),
+            adapters=adapter_rows(chunks, query_start.tolist()),
         )
         with torch.inference_mode():
             if any(chunk.sequence.is_pooling for chunk in chunks):
@@ -479,27 +479,6 @@ class Engine:
         del self._sequences[sequence.request_id]
         self._finished[reason] += 1
         self._events.append((sequence.request_id, Finished(reason, message)))
-
-
-def _adapter_key(chunk: Chunk) -> bytes:
-    """Sort chunks by adapter, those without one first, so that each adapter's rows stand together."""
-    adapter = chunk.sequence.adapter
-    return b"" if adapter is None else adapter.key
-
-
-def _adapter_rows(chunks: list[Chunk], starts: list[int]) -> tuple[AdapterRows, ...]:
-    """Return the runs of rows with adapters; chunk ``i`` has the rows ``starts[i]:starts[i + 1]``."""
-    runs: list[AdapterRows] = []
-    previous = b""
-    for chunk, start, end in zip(chunks, starts, starts[1:], strict=False):
-        if (adapter := chunk.sequence.adapter) is None:
-            continue
-        if adapter.key == previous:
-            runs[-1] = replace(runs[-1], end=end)
-        else:
-            runs.append(AdapterRows(adapter.weights, start, end))
-        previous = adapter.key
-    return tuple(runs)
 
 
 def _wanted_rows(chunk: Chunk) -> range:

@@ -31,7 +31,7 @@ from evermini.engine.kv import BlockManager, blocks_for
 from evermini.engine.request import INTERACTIVE
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import MAX_DRAFT, NO_DRAFT, Draft, break_even, plan
-from evermini.models.batch import BLOCK_SIZE
+from evermini.models.batch import BLOCK_SIZE, AdapterRows
 
 MAX_SCORED_ROWS = 128
 """Prompt rows per step whose logits are wanted: 128 rows of 152k float32 are 78 MB."""
@@ -107,7 +107,9 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """Choose the next step's chunks, decodes first; every running request with a chunk has the blocks for it.
+        """Choose the next step's chunks; every running request with a chunk has the blocks for it.
+
+        Those without an adapter come first, then each adapter's; within that, decodes come first.
 
         The caller computes them all, or removes their requests, before the next call.
         """
@@ -118,7 +120,7 @@ class Scheduler:
         budget = self._max_batch_tokens - sum(chunk.context - chunk.start for chunk in chunks)
         if chunks:
             budget = min(budget, max(BLOCK_SIZE, self._max_batch_tokens // 4))
-        return chunks + self._schedule_prompts(budget)
+        return sorted(chunks + self._schedule_prompts(budget), key=_adapter_key)
 
     def _make_way(self) -> None:
         """Let batches give up memory and places, as far as a request before them waits and needs it."""
@@ -269,6 +271,31 @@ class Scheduler:
             sequence.patience = PREFIX_PATIENCE
         sequence.patience -= 1
         return sequence.patience >= 0
+
+
+def adapter_rows(chunks: abc.Sequence[Chunk], starts: abc.Sequence[int]) -> tuple[AdapterRows, ...]:
+    """Return the runs of rows with adapters, as `ForwardBatch.adapters` has them.
+
+    Args:
+        chunks: As `Scheduler.schedule` returns them.
+        starts: Chunk ``i`` has the rows ``starts[i]:starts[i + 1]``.
+    """
+    runs: list[AdapterRows] = []
+    previous = b""
+    for chunk, start, end in zip(chunks, starts, starts[1:], strict=False):
+        if (adapter := chunk.sequence.adapter) is None:
+            continue
+        if adapter.key == previous:
+            runs[-1] = replace(runs[-1], end=end)
+        else:
+            runs.append(AdapterRows(adapter.weights, start, end))
+        previous = adapter.key
+    return tuple(runs)
+
+
+def _adapter_key(chunk: Chunk) -> bytes:
+    adapter = chunk.sequence.adapter
+    return b"" if adapter is None else adapter.key
 
 
 def _propose(sequence: Sequence, num_rows: int) -> Draft:
