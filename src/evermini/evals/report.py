@@ -102,7 +102,8 @@ def score_table(rows: Sequence[Row], label: str, means: Mapping[str, Sequence[st
         for column in columns:
             scores = [score(name, column) for name in members]
             whole = [value for value in scores if value is not None]
-            cells.append(_share(statistics.mean(whole) if len(whole) == len(scores) else None))
+            is_whole = bool(whole) and len(whole) == len(scores)
+            cells.append(_share(statistics.mean(whole) if is_whole else None))
         lines.append(cells)
     return table([label, *(f"{_short(n)} {system}" for n, system in columns)], lines)
 

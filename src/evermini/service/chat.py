@@ -23,7 +23,7 @@ from evermini.service.answer import (
     finish_reason,
 )
 from evermini.service.calling import new_parser
-from evermini.service.constraints import constraint_of
+from evermini.service.constraints import constrain, constraint_of
 from evermini.service.documents import Documents
 from evermini.service.generation import (
     Candidate,
@@ -265,6 +265,8 @@ async def _start(
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     constraint = await constraint_of(request, served.template.tool_format, served.grammars, timer)
     prompt, read = await make_prompt(served, request, progress)
+    if constraint is None and isinstance(read, Swept) and read.stated is not None:
+        constraint = await constrain(served.grammars, read.stated, timer)
     limit = output_limit(served.worker.max_model_len, len(prompt), request)
     prediction: tuple[int, ...] = ()
     if request.prediction is not None:

@@ -50,6 +50,15 @@ async def constraint_of(
         work = compiler.json_object
     else:
         return None
+    return await _compiled(work, timer)
+
+
+async def constrain(compiler: GrammarCompiler, regex: str, timer: RequestTimer) -> Constraint:
+    """Return the grammar of an expression of our own, compiled off the event loop."""
+    return await _compiled(partial(compiler.regex, regex), timer)
+
+
+async def _compiled(work: Callable[[], Constraint], timer: RequestTimer) -> Constraint:
     began = time.perf_counter()
     constraint = await asyncio.get_running_loop().run_in_executor(_COMPILERS, work)
     timer.compiled(time.perf_counter() - began)

@@ -47,6 +47,8 @@ _MAX_NOTE = 160
 _SMALLEST_WINDOW = 128
 """A window is not halved below this when its items exceed a reply."""
 _SHOWN_CHARS = 80
+_BEFORE_FIGURE = 120
+"""Characters of an answer in which the figure that was asked for must come."""
 
 Task = Literal["tally", "check", "collect", "note"]
 
@@ -74,6 +76,7 @@ class Swept:
         tokens_read: Tokens computed on the way, prompts of all windows together...
         tokens_written: ...and what was written.
         seconds: Time for it.
+        figures: Numbers that were computed, the answer first, if the question asks for a number.
     """
 
     prompt: Sequence[int]
@@ -89,6 +92,18 @@ class Swept:
     tokens_read: int
     tokens_written: int
     seconds: float
+    figures: tuple[int, ...] = ()
+
+    @property
+    def stated(self) -> str | None:
+        """A regular expression of answers that state the figure, and no other number; ``None`` if none was computed.
+
+        A small model that is told "the result: 59" may still write 60.
+        """
+        if not self.figures:
+            return None
+        first, *_ = every = ["|".join(dict.fromkeys((str(n), f"{n:,}"))) for n in self.figures]
+        return rf"[^0-9]{{0,{_BEFORE_FIGURE}}}({first})([^0-9]+({'|'.join(every)}))*[^0-9]*"
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,7 @@ class _Found:
     num_empty: int = 0
     num_dropped: int = 0
     num_rounds: int = 0
+    figures: tuple[int, ...] = ()
 
 
 class Sweep:
@@ -166,6 +182,7 @@ class Sweep:
             tokens_read=self._asker.tokens_read,
             tokens_written=self._asker.tokens_written,
             seconds=time.monotonic() - self._began,
+            figures=found.figures if not any(map(str.isdigit, "".join(found.lines))) else (),
         )
 
     # Words
@@ -173,8 +190,9 @@ class Sweep:
     def _tally(self, tally: Tally) -> _Found:
         counted = tally.count(self._texts)
         return _Found(
-            "tally", self._plan.question, 0, counted.head, counted.lines, counts=counted.counts
-        )
+            "tally", self._plan.question, 0, counted.head, counted.lines, counts=counted.counts,
+            figures=() if tally.kind == "frequent" else tuple(counted.counts.values()),
+        )  # fmt: skip
 
     # Records
 
@@ -250,6 +268,7 @@ class Sweep:
             () if is_count else tuple(f"- {name}" for name in chosen),
             counts=counts,
             items=chosen,
+            figures=(len(chosen), len(found), len(found) - len(chosen)) if is_count else (),
         )
 
     def _name(self, window: Window) -> str:

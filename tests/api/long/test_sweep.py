@@ -36,9 +36,8 @@ def ask(client: openai.OpenAI, content: str, **options):
     return client.chat.completions.create(
         model="gpt-4.1-nano",
         messages=[{"role": "user", "content": content}],
-        max_completion_tokens=16,
         temperature=0,
-        **{"extra_body": {"x_evermini": SWEEP}, **options},
+        **{"max_completion_tokens": 16, "extra_body": {"x_evermini": SWEEP}, **options},
     )
 
 
@@ -73,6 +72,21 @@ def test_words_are_counted_in_code_however_long_the_text_is(
     swept = answer.x_evermini["sweep"]
     assert (swept["task"], swept["counts"]) == ("tally", counts)
     assert (swept["windows"], swept["tokens_read"], swept["tokens_written"]) == (0, 0, 0)
+
+
+def test_the_answer_states_the_figure_that_was_counted_and_no_other(client):
+    answer = ask(
+        client,
+        as_document(REVIEWS) + "How many of the reviews are negative?",
+        max_completion_tokens=64,
+    )
+    counts = list(answer.x_evermini["sweep"]["counts"].values())
+    numbers = re.findall(r"\d+", answer.choices[0].message.content)
+    assert numbers[0] == str(counts[0])
+    assert {*numbers} <= {str(counts[0]), str(counts[1]), "24"}
+    content = as_document("ab " * 12_345) + "How many words are in this text?"
+    text = ask(client, content, max_completion_tokens=64).choices[0].message.content
+    assert re.findall(r"\d[\d,]*\d", text)[0].replace(",", "") == "12345"
 
 
 def test_a_list_is_collected_from_every_window_and_has_only_what_the_text_has(client):
