@@ -56,6 +56,7 @@ def test_a_killed_server(nano_path: Path, tmp_path: Path) -> None:
     flags = [
         *("--model", f"nano={nano_path}", "--home", str(tmp_path)),
         *("--kv-memory", "256MiB", "--threads", "1"),
+        *("--log-level", "warning"),  # nobody reads its output
     ]
     database = f"sqlite:///{tmp_path}/evermini.db"
     first = Server(*flags, "--database-url", database)
