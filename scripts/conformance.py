@@ -52,8 +52,9 @@ has created, and values that the real API refuses (`limit=0`, `max_tokens=0`). S
   fills in `model`, `input` and a short `max_completion_tokens` where a test leaves them out. Nothing that the server
   refuses is let through.
 
-Two failures with fixtures are the tests' own. The strict client refuses the base64 that it asks for by itself when a test
-names no `encoding_format` (embeddings). An upload is completed with the checksum "md5", which its bytes do not have.
+Two failures with fixtures are the tests' own. The strict client refuses the base64 that it asks for by itself when a
+test names no `encoding_format` (embeddings). An upload is completed with the checksum "md5", which its bytes do not
+have.
 """
 
 
