@@ -129,12 +129,15 @@ def test_pause_resume_cancel(server: tuple[openai.OpenAI, Settings]) -> None:
     wait_until(
         lambda: client.fine_tuning.jobs.retrieve(job.id).estimated_finish, lambda time: bool(time)
     )
-    paused = client.fine_tuning.jobs.pause(job.id)
-    assert paused.status == "paused"
-    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    for paused in (client.fine_tuning.jobs.pause(job.id), client.fine_tuning.jobs.pause(job.id)):
+        assert (paused.status, paused.model_extra) == (
+            "queued",
+            {"x_evermini": {"is_paused": True}},
+        )
     wait_until(lambda: training_processes(job.id), lambda found: not found)
     before = steps_of(client, job.id)
-    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    resumed = client.fine_tuning.jobs.resume(job.id)
+    assert (resumed.status, resumed.model_extra) == ("queued", {})
     wait_until(lambda: steps_of(client, job.id), lambda steps: len(steps) > len(before))
     steps = steps_of(client, job.id)
     assert steps == list(range(1, len(steps) + 1))

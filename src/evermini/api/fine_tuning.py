@@ -16,7 +16,12 @@ from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.service.fine_tuning.schemas import TuningCreate, parse_tuning
-from evermini.service.fine_tuning.service import FineTuning, wire_checkpoint, wire_event
+from evermini.service.fine_tuning.service import (
+    FineTuning,
+    wire_checkpoint,
+    wire_event,
+    wire_tuning,
+)
 from evermini.service.jobs import JobRunner
 from evermini.service.shapes import TuningAnswer, TuningCheckpointAnswer, TuningEventAnswer
 from evermini.storage.fine_tuning import FINAL
@@ -36,7 +41,7 @@ async def create_fine_tuning_job(request: Request) -> Response:
     tuning = await _service(request).create(wanted)
     jobs: JobRunner = request.app.state.jobs
     jobs.poke()
-    return JsonResponse(tuning.body)
+    return JsonResponse(wire_tuning(tuning))
 
 
 @router.get("")
@@ -64,28 +69,28 @@ async def list_fine_tuning_jobs(request: Request) -> Response:
     found = await _service(request).list(cursor, pairs, bare=bare)
     if found is None:
         raise no_such_cursor(cursor)
-    return JsonResponse(list_object([tuning.body for tuning in found.rows], found.has_more))
+    return JsonResponse(list_object([wire_tuning(tuning) for tuning in found.rows], found.has_more))
 
 
 @router.get("/{tuning_id}")
 @described(answer=TuningAnswer)
 async def retrieve_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Return a job."""
-    return JsonResponse((await _service(request).get(tuning_id)).body)
+    return JsonResponse(wire_tuning(await _service(request).get(tuning_id)))
 
 
 @router.post("/{tuning_id}/cancel")
 @described(answer=TuningAnswer)
 async def cancel_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """End a job early."""
-    return JsonResponse((await _service(request).cancel(tuning_id)).body)
+    return JsonResponse(wire_tuning(await _service(request).cancel(tuning_id)))
 
 
 @router.post("/{tuning_id}/pause")
 @described(answer=TuningAnswer)
 async def pause_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Let a job wait; what is trained is kept."""
-    return JsonResponse((await _service(request).pause(tuning_id)).body)
+    return JsonResponse(wire_tuning(await _service(request).pause(tuning_id)))
 
 
 @router.post("/{tuning_id}/resume")
@@ -95,7 +100,7 @@ async def resume_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     tuning = await _service(request).resume(tuning_id)
     jobs: JobRunner = request.app.state.jobs
     jobs.poke()
-    return JsonResponse(tuning.body)
+    return JsonResponse(wire_tuning(tuning))
 
 
 @router.get("/{tuning_id}/events")

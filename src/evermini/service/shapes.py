@@ -520,9 +520,7 @@ class TuningAnswer(TypedDict):
     fine_tuned_model: str | None
     organization_id: str
     result_files: list[str]
-    status: Literal[
-        "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
-    ]
+    status: Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
     validation_file: str | None
     training_file: str
     hyperparameters: dict[str, Any]

@@ -310,6 +310,14 @@ def wire_event(event: Event) -> dict[str, Any]:
     }
 
 
+def wire_tuning(tuning: StoredTuning) -> dict[str, Any]:
+    """Return a job as clients see it: the contract has no status for one that is paused, but calls it queued."""
+    if tuning.status != "paused":
+        return tuning.body
+    options = {**tuning.body.get("x_evermini", {}), "is_paused": True}
+    return {**tuning.body, "status": "queued", "x_evermini": options}
+
+
 def wire_checkpoint(tuning_id: str, checkpoint: TuningCheckpoint) -> dict[str, Any]:
     """Return a checkpoint as clients see it."""
     return {
