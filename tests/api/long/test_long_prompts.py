@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import openai
 import pytest
 
 from evermini.recall.calibration import find_calibration
+from evermini.service.prompting import make_prompt
 from evermini.service.runtime import Runtime, ServedModel
+from evermini.service.schemas import parse_chat
 from tests.long_texts import NEEDLES, story
 from tests.serving import assert_error, reading, serving, wait_for
 
@@ -120,6 +123,32 @@ def test_dense_refuses_what_does_not_fit(url, book):
     error = assert_error(post(url, book, x_evermini={"reading": "dense"}), 400)
     assert error["code"] == "context_length_exceeded"
     assert "maximum context length is 8192 tokens" in error["message"]
+
+
+def test_calls_and_their_results_stay_whole_after_a_long_text(served):
+    call = {"name": "look_up", "arguments": '{"city": "Lisbon"}'}
+    turns = [
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "Lisbon: 417, since Friday."},
+        {"role": "user", "content": NEEDLES[150][1]},
+    ]
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+
+    def prompt_after(first: str) -> str:
+        messages = [{"role": "user", "content": first}, *turns]
+        request = parse_chat({"model": "gpt-4.1-nano", "messages": messages, "tools": [tool]})
+        return served.tokenizer.decode(asyncio.run(make_prompt(served, request, None))[0])
+
+    later = prompt_after("The end.").split("The end.")[1]
+    assert "Lisbon: 417, since Friday." in later
+    long = prompt_after(f'<document name="book.txt">\n{story(seed=2, num_lines=600)}\n</document>')
+    assert long.endswith(later)
+    assert "Biscuit" in long
+    assert len(long) < 20_000
 
 
 def test_an_answer_longer_than_the_window_is_refused(url, book):
