@@ -64,6 +64,11 @@ def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return decoded
 
 
+def prompt_of(template: ChatTemplate, body: dict[str, Any]) -> list[int]:
+    request = parse_chat(body)
+    return encode(template, request, [message.text() for message in request.messages])
+
+
 @pytest.mark.parametrize(
     ("tier", "messages", "tools"),
     [
@@ -79,8 +84,8 @@ def test_prompts_are_the_models_own(
 ) -> None:
     checkpoint = checkpoint_of(tier)
     template = ChatTemplate(Tokenizer(checkpoint.tokenizer))
-    request = parse_chat({"model": tier, "messages": messages, "tools": tools})
-    ours = encode(template, request, [message.text() for message in request.messages])
+    body = {"model": tier, "messages": messages, "tools": tools}
+    ours = prompt_of(template, {**body, "parallel_tool_calls": False} if tools else body)
     reference = transformers.AutoTokenizer.from_pretrained(
         checkpoint.path.parent, gguf_file=checkpoint.path.name
     )
@@ -92,3 +97,16 @@ def test_prompts_are_the_models_own(
         return_dict=False,
     )
     assert ours == theirs
+
+
+def test_several_calls_are_asked_for_and_nothing_else_is_changed() -> None:
+    checkpoint = checkpoint_of("mini")
+    tokenizer = Tokenizer(checkpoint.tokenizer)
+    template = ChatTemplate(tokenizer)
+    body = {"model": "mini", "messages": TALK, "tools": [TOOL]}
+    own = tokenizer.decode(prompt_of(template, {**body, "parallel_tool_calls": False}))
+    ours = tokenizer.decode(prompt_of(template, body))
+    before, _, rest = ours.partition("If the request names several items")
+    _, _, after = rest.partition("answer in plain words.\n\n")
+    assert rest
+    assert before + after == own
