@@ -130,14 +130,14 @@ def test_pause_resume_cancel(server: tuple[openai.OpenAI, Settings]) -> None:
         lambda: client.fine_tuning.jobs.retrieve(job.id).estimated_finish, lambda time: bool(time)
     )
     for paused in (client.fine_tuning.jobs.pause(job.id), client.fine_tuning.jobs.pause(job.id)):
-        assert (paused.status, paused.model_extra) == (
+        assert (paused.status, paused.x_evermini) == (
             "queued",
-            {"x_evermini": {"is_paused": True}},
+            {"is_paused": True},
         )
     wait_until(lambda: training_processes(job.id), lambda found: not found)
     before = steps_of(client, job.id)
     resumed = client.fine_tuning.jobs.resume(job.id)
-    assert (resumed.status, resumed.model_extra) == ("queued", {})
+    assert (resumed.status, hasattr(resumed, "x_evermini")) == ("queued", False)
     wait_until(lambda: steps_of(client, job.id), lambda steps: len(steps) > len(before))
     steps = steps_of(client, job.id)
     assert steps == list(range(1, len(steps) + 1))

@@ -18,6 +18,7 @@ import pytest
 from evermini.api import sse
 from evermini.config import Settings
 from evermini.errors import StorageError
+from evermini.service.directory import Directory
 from evermini.service.runtime import Runtime, ServedModel
 from evermini.storage.database import Database
 from tests.fakes import TinyModel
@@ -112,10 +113,10 @@ class TestErrorShape:
     def test_unexpected_exceptions_show_nothing(
         self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fail(name: str) -> None:
+        async def fail(directory: Directory, name: str) -> None:
             raise RuntimeError("secret detail")
 
-        monkeypatch.setattr(runtime, "resolve", fail)
+        monkeypatch.setattr(Directory, "resolve", fail)
         with serving(runtime) as url:
             response = httpx.post(f"{url}/v1/chat/completions", json=CHAT)
             error = assert_error(response, 500)

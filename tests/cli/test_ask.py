@@ -250,10 +250,10 @@ def test_what_does_not_fit_is_an_error_with_both_counts(evermini):
     [
         (["ask"], 2, "Give a question"),
         (["ask", "-f", "absent.txt", "Why?"], 1, "absent.txt cannot be read: No such file"),
-        (["ask", "-f", ".", "Why?"], 1, "No file to read in .: 2 binary"),
+        (["ask", "-f", ".", "Why?"], 1, "No file to read in .: 1 image, 1 binary"),
         (["ask", "-f", "*.md", "Why?"], 1, "No file to read in *.md: nothing is there"),
         (["ask", "-f", "-", "Why?"], 1, "Nothing is piped in"),
-        (["ask", "-f", "picture.png", "Why?"], 1, "picture.png is a binary file"),
+        (["ask", "-f", "picture.png", "Why?"], 1, "picture.png: You uploaded an unsupported image"),
         (["ask", "-f", "zeros.bin", "Why?"], 1, "zeros.bin is a binary file"),
         (["ask", "--temperature", "3", "Why?"], 1, "temperature"),
         (["ask", "--temperature", "warm", "Why?"], 2, "--temperature"),

@@ -26,6 +26,7 @@ def as_before() -> Iterator[None]:
 
 
 def test_json_lines_carry_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+    logging.captureWarnings(False)  # of servers that other tests started in this process
     configure_logging("info", "json")
     structlog.contextvars.bind_contextvars(request_id="req_1")
     structlog.get_logger("evermini.api").info("request", status=200)

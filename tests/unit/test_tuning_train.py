@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,10 @@ def test_seeds_decide_and_an_interruption_does_not(base: Path, tmp_path: Path, m
         run(tmp_path / "parts", base, data, parts, method=method, stop=stop)
         assert parts.sent[-1]["type"] == "stopped"
         assert seen < len(parts.losses())
+    cut = tmp_path / "parts" / "state" / "checkpoint-6"  # a crash in the middle of saving
+    shutil.copytree(cut.with_name("checkpoint-5"), cut)
+    for name in ("complete", "trainer_state.json"):
+        (cut / name).unlink()
     run(tmp_path / "parts", base, data, parts, method=method)
     assert parts.losses() == pytest.approx(whole.losses(), rel=1e-5)
     assert weights(tmp_path / "parts", 6) == pytest.approx(weights(tmp_path / "whole", 6), abs=1e-6)

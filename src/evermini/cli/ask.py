@@ -16,6 +16,7 @@ import typer
 from evermini.cli.files import (
     ExcludeFlag,
     collect_documents,
+    naming_images,
     piped_input,
     split_images,
     too_long_by_folder,
@@ -145,7 +146,7 @@ def ask(
     documents = collect_documents(named, piped, exclude, settings=loaded.settings, verbose=verbose)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     text = build_prompt(documents, question)
-    messages.append({"role": "user", "content": _content(images, text)})
+    messages.append({"role": "user", "content": _content(list(images.values()), text)})
     params = {
         "temperature": temperature,
         "top_p": top_p,
@@ -157,7 +158,8 @@ def ask(
         "response_format": None if schema is None else _schema_format(schema),
         "x_evermini": {"reading": reading.value},
     }
-    _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
+    with naming_images(list(images)):
+        _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
 
 
 def build_prompt(documents: Sequence[Document], question: str) -> str:

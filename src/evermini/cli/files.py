@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,8 +35,8 @@ def piped_input() -> bytes:
     return sys.stdin.buffer.read()
 
 
-def split_images(paths: Sequence[str], piped: bytes) -> tuple[list[str], list[bytes]]:
-    """Return the paths that are no images, and the bytes of the images that are named themselves.
+def split_images(paths: Sequence[str], piped: bytes) -> tuple[list[str], dict[str, bytes]]:
+    """Return the paths that are no images, and of the images that are named themselves the bytes.
 
     Args:
         paths: Files, folders, globs, and ``-`` for ``piped``.
@@ -47,11 +48,11 @@ def split_images(paths: Sequence[str], piped: bytes) -> tuple[list[str], list[by
     from evermini.documents import STDIN, is_image
 
     others: list[str] = []
-    images: list[bytes] = []
+    images: dict[str, bytes] = {}
     for path in paths:
         data = piped if path == STDIN else _image_bytes(Path(path))
         if is_image(data):
-            images.append(data)
+            images[path] = data
         else:
             others.append(path)
     return others, images
@@ -104,7 +105,7 @@ def collect_documents(
     return collection.documents
 
 
-@contextlib.contextmanager
+@contextmanager
 def too_long_by_folder() -> Iterator[None]:
     """Let a prompt that is too long say which folders it comes from."""
     from evermini.documents.sizes import advice
@@ -118,6 +119,19 @@ def too_long_by_folder() -> Iterator[None]:
             f"{error} {len(error.documents):,} files are in it. {advice(error.documents, 'tokens')}",
             param=error.param,
         ) from error
+
+
+@contextmanager
+def naming_images(names: Sequence[str]) -> Iterator[None]:
+    """Let what is wrong with an image say which one it is; they are the first parts of the only message."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        match = re.search(r"\.content\[(\d+)\]\.image_url", error.param or "")
+        if match is None:
+            raise
+        name = names[int(match[1])]
+        raise InvalidRequestError(f"{name}: {error}", param=error.param, code=error.code) from error
 
 
 def _skipped_lines(collection: Collection, *, every: bool) -> list[str]:

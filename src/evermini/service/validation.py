@@ -6,6 +6,7 @@ them accept and refuse the same things with the same words.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -173,6 +174,8 @@ def _describe(error: ErrorDetails, path: str) -> tuple[str, str]:
         allowed = re.findall(r"'[^']*'|\d+", str(context["expected"]))
         listed = ", ".join(allowed[:-1]) + (" and " if allowed[1:] else "") + allowed[-1]
         shown = f"'{value}'" if isinstance(value, str) else _named(value)
+        if isinstance(value, (int, float)):
+            shown = json.dumps(value)
         return f"Invalid value: {shown}. Supported values are: {listed}.", "invalid_value"
     if kind in {"greater_than_equal", "less_than_equal"}:
         return _out_of_range(path, value, context)

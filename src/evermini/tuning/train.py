@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,8 @@ _ACTIVATION_SHARE = 0.3
 """Of the free memory that activations may take before they are recomputed in the backward pass."""
 WARMUP = 0.05
 _PROGRESS = "progress.json"
+_COMPLETE = "complete"
+"""In a checkpoint of the training state: all of it is written, which transformers does file by file."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -209,10 +212,13 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def _last_state(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end."""
+    """Return the newest checkpoint that was written to its end, and delete those that a crash left behind."""
     state = folder / STATE
     if not state.is_dir():
         return None
+    for place in state.glob("checkpoint-*"):
+        if not (place / _COMPLETE).exists():
+            shutil.rmtree(place, ignore_errors=True)
     last = get_last_checkpoint(str(state))
     return last and str(last)
 
@@ -261,8 +267,10 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember when."""
+        """Remember when, and mark what is written as complete."""
         self._saved = time.monotonic()
+        if state.is_world_process_zero:
+            (self._folder / STATE / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
