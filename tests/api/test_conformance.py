@@ -68,7 +68,7 @@ def test_what_is_not_supported_is_refused_as_ever(mock: openai.OpenAI) -> None:
 def test_fine_tuning_jobs_exist_whatever_was_done_to_them(mock: openai.OpenAI) -> None:
     job_id = "ft-AF1WoRqd3aJAHsqc9NY7iL8F"
     for _ in range(2):
-        assert mock.fine_tuning.jobs.pause(job_id).status == "paused"
+        assert mock.fine_tuning.jobs.pause(job_id).status == "queued"
         assert mock.fine_tuning.jobs.cancel(job_id).status == "cancelled"
     assert mock.fine_tuning.jobs.list_events(job_id, after="after").data == []
     assert mock.fine_tuning.jobs.checkpoints.list(job_id, after="after", limit=0).data == []
