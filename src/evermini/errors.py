@@ -42,6 +42,7 @@ message says the cause and the remedy. ``assert`` is kept for our own bugs.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -286,6 +287,11 @@ class InsufficientStorageError(StorageError):
     """There is no room on the disk; the same request will fail until somebody makes some."""
 
     status = 507
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Return whether the disk, or the user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 class ConfigError(EverminiError):

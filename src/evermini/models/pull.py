@@ -10,7 +10,6 @@ error names them all. Interrupted fetches resume; a second process waits for the
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import os
@@ -25,6 +24,7 @@ from evermini.errors import (
     DownloadError,
     ModelNotFoundError,
     SourceUnreachableError,
+    is_disk_full,
 )
 from evermini.models import store as storage
 from evermini.models.catalogue import CatalogueEntry, find, known_names
@@ -129,7 +129,7 @@ def ensure_entry(
                 store.path(entry).unlink()
             return _fetch(store, entry, _sources(entry, weights_dir), report, free_bytes)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise DiskSpaceError(
                 f"The disk of {store.root} filled up while fetching {entry.tier}. What has arrived is kept: "
                 "free some space and try again."

@@ -16,7 +16,6 @@ and written again. Readers need no lock; a file that is evicted stays readable t
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 import threading
@@ -31,7 +30,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from evermini.errors import InsufficientStorageError, RecallDiskError, StorageError
+from evermini.errors import InsufficientStorageError, RecallDiskError, StorageError, is_disk_full
 from evermini.recall.calibration import Calibration
 from evermini.recall.passages import block_starts, passage_starts
 from evermini.recall.scan import quantize_keys
@@ -429,7 +428,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise InsufficientStorageError(
                 "The server's disk is full, so this long text cannot be indexed. Its operator has to make room; then "
                 "send the request again."

@@ -20,14 +20,14 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile, add_file
 from evermini.storage.jobs import Job, enqueue, finish, hold
-from evermini.storage.schema import Base, Cursor, Json, Number, Page, page
+from evermini.storage.schema import Base, Cursor, Json, Number, Page, Shown, page
 
 JOB = "batch"
 FINAL = ("failed", "completed", "expired", "cancelled")
 _RESULTS_READ = 500
 
 
-class BatchRow(Base):
+class BatchRow(Shown, Base):
     """A batch; ``body`` is all of it that clients see and nobody searches for."""
 
     __tablename__ = "batches"
@@ -158,7 +158,7 @@ class BatchStore:
             if row is None:
                 return None
             if row.status in ("validating", "in_progress"):
-                _set(row, status="cancelling", cancelling_at=now)
+                row.show(status="cancelling", cancelling_at=now)
             return _stored(session, row)
 
     # By the worker
@@ -173,9 +173,9 @@ class BatchStore:
             hold(session, job)
             row = _require(session, job)
             counts = {"total": total, "completed": 0, "failed": 0}
-            _set(row, request_counts=counts, model=model)
+            row.show(request_counts=counts, model=model)
             if row.status == "validating":
-                _set(row, status="in_progress", in_progress_at=now)
+                row.show(status="in_progress", in_progress_at=now)
 
     def fail(self, job: Job, errors: Sequence[Json], now: int) -> None:
         """End a batch whose lines are not valid.
@@ -186,7 +186,7 @@ class BatchStore:
         with self._database.writing() as session:
             row = _require(session, job)
             listed = {"object": "list", "data": list(errors)}
-            _set(row, status="failed", failed_at=now, errors=listed)
+            row.show(status="failed", failed_at=now, errors=listed)
             finish(session, job)
 
     def status(self, job: Job) -> str:
@@ -234,7 +234,7 @@ class BatchStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            _set(_require(session, job), **{"status": status, f"{status}_at": now})
+            _require(session, job).show(**{"status": status, f"{status}_at": now})
 
     def results(self, batch_id: str, *, errors: bool) -> Iterator[str]:
         """Yield the lines of the output file, or of the error file, in the input's order."""
@@ -282,8 +282,7 @@ class BatchStore:
             for file in (output, errors):
                 if file is not None:
                     add_file(session, file)
-            _set(
-                row,
+            row.show(
                 **_shown(row, counts),
                 **{"status": status, f"{status}_at": now},
                 output_file_id=output and output.id,
@@ -302,12 +301,6 @@ def _require(session: Session, job: Job) -> BatchRow:
     row = _find(session, job.subject, lock=True)
     assert row is not None, "batches are never deleted"
     return row
-
-
-def _set(row: BatchRow, **values: object) -> None:
-    """Change what clients see; a new object, since SQLAlchemy does not look inside."""
-    row.body = {**row.body, **values}
-    row.status = row.body["status"]
 
 
 def _counts(session: Session, row: BatchRow) -> Counts:

@@ -6,7 +6,6 @@ it, so a blob that was cut short by a crash is no file's: it is an orphan, which
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 import uuid
@@ -20,7 +19,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from evermini.config import Settings
-from evermini.errors import ConfigError, InsufficientStorageError, StorageError
+from evermini.errors import ConfigError, InsufficientStorageError, StorageError, is_disk_full
 
 FOLDER = "blobs"
 READ_BYTES = 1 << 20
@@ -208,7 +207,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_disk_full(error):
             raise InsufficientStorageError(
                 "The server's disk is full, so the file was not stored. Its operator has to make room; then send it "
                 "again."

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile, add_file
 from evermini.storage.jobs import Job, JobRow, drop, enqueue, finish, hold
-from evermini.storage.schema import Base, Cursor, Json, Number, Page, page
+from evermini.storage.schema import Base, Cursor, Json, Number, Page, Shown, page
 
 CHECK = "fine_tuning_check"
 TRAIN = "fine_tuning"
@@ -31,7 +31,7 @@ FINAL = ("succeeded", "failed", "cancelled")
 Level = Literal["info", "warn", "error"]
 
 
-class FineTuningRow(Base):
+class FineTuningRow(Shown, Base):
     """A job; ``body`` is all of it that clients see, ``spec`` what the training process is told."""
 
     __tablename__ = "fine_tuning_jobs"
@@ -207,7 +207,7 @@ class TuningStore:
             if row is None:
                 return None
             if row.status not in FINAL:
-                _set(row, status="cancelled", finished_at=event.created_at, estimated_finish=None)
+                row.show(status="cancelled", finished_at=event.created_at, estimated_finish=None)
                 _add_events(session, row, [event])
                 drop(session, tuning_id)
             return _stored(row)
@@ -222,7 +222,7 @@ class TuningStore:
             if row is None:
                 return None
             if row.status in ("queued", "running"):
-                _set(row, status="paused", estimated_finish=None)
+                row.show(status="paused", estimated_finish=None)
                 _add_events(session, row, [event])
                 session.execute(
                     delete(JobRow).where(JobRow.subject == tuning_id, JobRow.owner.is_(None))
@@ -236,7 +236,7 @@ class TuningStore:
             if row is None:
                 return None
             if row.status == "paused":
-                _set(row, status="queued")
+                row.show(status="queued")
                 _add_events(session, row, [event])
                 queued = select(JobRow.number).where(JobRow.subject == tuning_id)
                 if session.scalar(queued) is None:
@@ -300,7 +300,7 @@ class TuningStore:
         with self._database.writing() as session:
             hold(session, job)
             row = _require(session, job)
-            _set(row, **body, status="queued")
+            row.show(**body, status="queued")
             row.spec = spec
             _add_events(session, row, [event])
             finish(session, job)
@@ -315,7 +315,7 @@ class TuningStore:
         with self._database.writing() as session:
             hold(session, job)
             row = _require(session, job)
-            _set(row, status="failed", error=error, finished_at=now, estimated_finish=None)
+            row.show(status="failed", error=error, finished_at=now, estimated_finish=None)
             _add_events(session, row, events)
             finish(session, job)
 
@@ -333,7 +333,7 @@ class TuningStore:
             row = _require(session, job)
             if row.status == "paused":
                 return False
-            _set(row, status="running")
+            row.show(status="running")
             session.execute(
                 delete(FineTuningEventRow).where(
                     FineTuningEventRow.job == row.number, FineTuningEventRow.step > step
@@ -366,7 +366,7 @@ class TuningStore:
             if checkpoint is not None:
                 _put_checkpoint(session, row, checkpoint)
             if row.status == "running" and estimated_finish is not None:
-                _set(row, estimated_finish=estimated_finish)
+                row.show(estimated_finish=estimated_finish)
             return row.status
 
     def status(self, job: Job) -> str:
@@ -403,8 +403,7 @@ class TuningStore:
             hold(session, job)
             row = _require(session, job)
             add_file(session, results)
-            _set(
-                row,
+            row.show(
                 **body,
                 status="succeeded",
                 result_files=[results.id],
@@ -438,12 +437,6 @@ def _require(session: Session, job: Job) -> FineTuningRow:
     row = _find(session, job.subject, lock=True)
     assert row is not None, "jobs are never deleted"
     return row
-
-
-def _set(row: FineTuningRow, **values: object) -> None:
-    """Change what clients see; a new object, since SQLAlchemy does not look inside."""
-    row.body = {**row.body, **values}
-    row.status = row.body["status"]
 
 
 def _has(metadata: Json | None, pairs: Mapping[str, str], bare: bool) -> bool:

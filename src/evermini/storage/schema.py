@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from sqlalchemy import JSON, BigInteger, Integer, MetaData, Select
-from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Session
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Session
 
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
@@ -34,6 +34,19 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map = {Json: JSON, list[Json]: JSON}  # noqa: RUF012  (declared by SQLAlchemy)
+
+
+class Shown:
+    """Of a table whose ``body`` is what clients see; ``status`` is a column of its own, to be looked for."""
+
+    if TYPE_CHECKING:
+        body: Mapped[Json]
+        status: Mapped[str]
+
+    def show(self, **values: object) -> None:
+        """Change what clients see; a new object, since SQLAlchemy does not look inside."""
+        self.body = {**self.body, **values}
+        self.status = self.body["status"]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from typing import Any
 
 from evermini.errors import ContextLengthError, UpstreamError
 from evermini.service.answer import (
@@ -15,10 +15,10 @@ from evermini.service.answer import (
     ToolCallDelta,
     finish_reason,
 )
-from evermini.service.generation import Usage
 from evermini.service.metrics import RequestTimer
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.schemas import ChatRequest
+from evermini.service.upstream.answer import UpstreamWriting
 from evermini.service.upstream.checks import FormCheck
 from evermini.service.upstream.exchange import Exchange
 from evermini.service.upstream.model import UpstreamModel
@@ -29,7 +29,7 @@ from evermini.service.upstream.requests import chat_body
 PATH = "/chat/completions"
 
 
-class UpstreamAnswer:
+class UpstreamAnswer(UpstreamWriting[ChatDelta]):
     """What an upstream engine writes.
 
     Args:
@@ -50,45 +50,20 @@ class UpstreamAnswer:
         num_prompt: int,
         timer: RequestTimer,
     ) -> None:
+        super().__init__(exchange, timer, request.num_choices, num_prompt)
         self._url = served.client.url
         self._toolset = request.toolset
-        self._exchange = exchange
         self._check = check
-        self._num_prompt = num_prompt
-        self._timer = timer
         self._choices = [ChatChoice(index) for index in range(request.num_choices)]
         self._calls: list[dict[int, int]] = [{} for _ in self._choices]
-        self._open = set(range(request.num_choices))
-        self._num_pieces = 0
-        self._usage: Usage | None = None
 
-    async def deltas(self) -> AsyncGenerator[ChatDelta, None]:
-        """Yield the choices' deltas as they come; leaving early ends the request at the engine.
-
-        Raises:
-            UpstreamError: The engine failed, broke off, or did not keep to what was asked.
-            EngineStoppedError: The model was closed.
-        """
-        try:
-            async with aclosing(self._exchange.replies()) as replies:
-                async for body in replies:
-                    reply = read(ChatReply, body, self._url)
-                    if reply.usage is not None:
-                        self._usage = reply.usage.tokens()
-                    for part in reply.choices:
-                        delta = await self._delta(part)
-                        if delta is not None:
-                            yield delta
-            if self._open:
-                raise UpstreamError(
-                    "The engine behind this model ended its answer without an end. Send the request again."
-                )
-            self._timer.completed()
-        except Exception:
-            self._end_open("error")
-            raise
-        finally:
-            self.abort()
+    async def _read(self, body: dict[str, Any]) -> AsyncGenerator[ChatDelta, None]:
+        reply = read(ChatReply, body, self._url)
+        self._count(reply.usage)
+        for part in reply.choices:
+            delta = await self._delta(part)
+            if delta is not None:
+                yield delta
 
     async def _delta(self, part: ChatPart) -> ChatDelta | None:
         message = part.message
@@ -107,8 +82,7 @@ class UpstreamAnswer:
         )
         tokens = part.logprobs.tokens() if part.logprobs is not None else ()
         if text or calls or tokens:
-            self._num_pieces += 1
-            self._timer.token(choice.index)
+            self._gained(choice.index)
         elif part.finish_reason is None:
             return None
         delta = ChatDelta(choice.index, text, calls, tokens)
@@ -145,26 +119,6 @@ class UpstreamAnswer:
             reason = finish_reason(self._toolset, has_called=bool(choice.tool_calls), reason="stop")
         self._timer.choice_ended("length" if reason == "length" else "stop")
         return reason
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens, as the engine counts them; of an answer that was ended early, as far as we know."""
-        return self._usage or Usage(self._num_prompt, self._num_pieces, 0)
-
-    @property
-    def has_begun(self) -> bool:
-        """The engine has computed something."""
-        return bool(self._num_pieces) or self._usage is not None
-
-    def abort(self) -> None:
-        """End the request at the engine if it still runs."""
-        self._exchange.close()
-        self._end_open("abort")
-
-    def _end_open(self, reason: str) -> None:
-        for _ in self._open:
-            self._timer.choice_ended(reason)
-        self._open.clear()
 
 
 async def start(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from typing import Any
 
 from evermini.errors import UpstreamError
-from evermini.service.generation import FinishReason, Usage
+from evermini.service.generation import FinishReason
 from evermini.service.metrics import RequestTimer
 from evermini.service.schemas import CompletionRequest
 from evermini.service.text_answer import TextDelta, TextToken
+from evermini.service.upstream.answer import UpstreamWriting
 from evermini.service.upstream.exchange import Exchange
 from evermini.service.upstream.model import UpstreamModel
 from evermini.service.upstream.replies import TextLogprobs, TextPart, TextReply, read
@@ -18,7 +19,7 @@ from evermini.service.upstream.requests import completion_body
 PATH = "/completions"
 
 
-class UpstreamCompletion:
+class UpstreamCompletion(UpstreamWriting[TextDelta]):
     """What an upstream engine writes.
 
     Args:
@@ -35,42 +36,18 @@ class UpstreamCompletion:
         exchange: Exchange,
         timer: RequestTimer,
     ) -> None:
-        self._url = served.client.url
-        self._exchange = exchange
-        self._timer = timer
         self._prompts = request.prompt or [""]
         self._per_prompt = request.num_candidates
+        super().__init__(exchange, timer, len(self._prompts) * self._per_prompt)
+        self._url = served.client.url
         self._echoes = bool(request.echo)
-        self._open = set(range(len(self._prompts) * self._per_prompt))
         self._ends: dict[int, int] = {}
-        self._num_pieces = 0
-        self._usage: Usage | None = None
 
-    async def deltas(self) -> AsyncGenerator[TextDelta, None]:
-        """Yield the candidates' deltas as they come; leaving early ends the request at the engine.
-
-        Raises:
-            UpstreamError: The engine failed or broke off.
-            EngineStoppedError: The model was closed.
-        """
-        try:
-            async with aclosing(self._exchange.replies()) as replies:
-                async for body in replies:
-                    reply = read(TextReply, body, self._url)
-                    if reply.usage is not None:
-                        self._usage = reply.usage.tokens()
-                    for part in reply.choices:
-                        yield self._delta(part)
-            if self._open:
-                raise UpstreamError(
-                    "The engine behind this model ended its answer without an end. Send the request again."
-                )
-            self._timer.completed()
-        except Exception:
-            self._end_open("error")
-            raise
-        finally:
-            self.abort()
+    async def _read(self, body: dict[str, Any]) -> AsyncGenerator[TextDelta, None]:
+        reply = read(TextReply, body, self._url)
+        self._count(reply.usage)
+        for part in reply.choices:
+            yield self._delta(part)
 
     def _delta(self, part: TextPart) -> TextDelta:
         if part.index not in self._open:
@@ -78,8 +55,7 @@ class UpstreamCompletion:
                 f"The engine behind this model wrote to choice {part.index}, which is none or has ended."
             )
         if part.text:
-            self._num_pieces += 1
-            self._timer.token(part.index)
+            self._gained(part.index)
         start = self._ends.get(part.index, 0)
         self._ends[part.index] = start + len(part.text)
         tokens = _tokens(part.logprobs, start) if part.logprobs is not None else []
@@ -96,26 +72,6 @@ class UpstreamCompletion:
             self._open.remove(part.index)
             self._timer.choice_ended(reason)
         return TextDelta(part.index, part.text, tokens[:num_echoed], tokens[num_echoed:], reason)
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens, as the engine counts them; of an answer that was ended early, the pieces that came."""
-        return self._usage or Usage(0, self._num_pieces, 0)
-
-    @property
-    def has_begun(self) -> bool:
-        """The engine has computed something."""
-        return bool(self._num_pieces) or self._usage is not None
-
-    def abort(self) -> None:
-        """End the request at the engine if it still runs."""
-        self._exchange.close()
-        self._end_open("abort")
-
-    def _end_open(self, reason: str) -> None:
-        for _ in self._open:
-            self._timer.choice_ended(reason)
-        self._open.clear()
 
 
 async def start(
