@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,8 +101,9 @@ def test_from_upload_to_answer(server: tuple[openai.OpenAI, Settings]) -> None:
         client.fine_tuning.jobs.cancel(job.id)
 
 
-def test_a_killed_training_goes_on(server: tuple[openai.OpenAI, Settings]) -> None:
-    client, _ = server
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_killed_training_goes_on(server: tuple[openai.OpenAI, Settings], is_saved: bool) -> None:
+    client, settings = server
     method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}
     job = client.fine_tuning.jobs.create(
         model=MODEL, training_file=upload(client, words()), method=method, seed=7
@@ -109,7 +111,12 @@ def test_a_killed_training_goes_on(server: tuple[openai.OpenAI, Settings]) -> No
     wait_until(
         lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, lambda found: len(found) > 0
     )
+    state = settings.home / "tuning" / job.id / "state"
+    if is_saved:
+        wait_until(lambda: list(state.glob("*/complete")), lambda found: len(found) > 0)
     os.kill(training_process(job.id), signal.SIGKILL)
+    if not is_saved:  # as if it had been killed a moment earlier
+        shutil.rmtree(state, ignore_errors=True)
     job = wait_for_status(client, job.id, "succeeded", "failed")
     assert job.error is None
     events = list(client.fine_tuning.jobs.list_events(job.id))
@@ -117,7 +124,9 @@ def test_a_killed_training_goes_on(server: tuple[openai.OpenAI, Settings]) -> No
     assert sorted(steps) == list(range(1, 10))
     messages = [event.message for event in events]
     assert any("ended unexpectedly" in message for message in messages)
-    assert any(message.startswith("Fine-tuning job resumed after step") for message in messages)
+    resumed = [message.startswith("Fine-tuning job resumed after step") for message in messages]
+    assert any(resumed) == is_saved
+    assert len(client.fine_tuning.jobs.checkpoints.list(job.id).data) == 3
 
 
 def test_pause_resume_cancel(server: tuple[openai.OpenAI, Settings]) -> None:

@@ -86,6 +86,15 @@ def test_adding_it_again_changes_nothing(store: AdapterStore, settings: Settings
     assert len(blobs_of(settings)) == 2
 
 
+def test_a_job_that_makes_its_model_over_keeps_the_first(store: AdapterStore, tmp_path: Path):
+    first = store.add(write_adapter(tmp_path / "a", BASE), name=NAME, tier="mini", job_id="ftjob-1")
+    other = write_adapter(tmp_path / "b", BASE, seed=1)
+    assert store.add(other, name=NAME, tier="mini", job_id="ftjob-1") == first
+    for job_id in ("ftjob-2", None):
+        with pytest.raises(InvalidRequestError, match="another model's name"):
+            store.add(other, name=NAME, tier="mini", job_id=job_id)
+
+
 def test_what_is_deleted_leaves_nothing_behind(
     store: AdapterStore, settings: Settings, tmp_path: Path
 ):

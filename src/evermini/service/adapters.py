@@ -125,7 +125,8 @@ class AdapterStore:
     ) -> Adapter:
         """Store an adapter under a name; from then on, every server of this database answers to it.
 
-        Adding the same adapter under the same name again does nothing, so a job that was killed may do it over.
+        Adding the same adapter under the same name again does nothing. Nor does a job that was killed and makes its
+        model over: clients may have used the first already, which stays.
 
         Args:
             folder: What peft's ``save_pretrained`` wrote: ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -170,7 +171,8 @@ class AdapterStore:
                     weights_blob="",
                 ),
             )
-        if found.sha256 != digest or found.tier != tier:
+        is_made_over = job_id is not None and found.job_id == job_id
+        if not is_made_over and (found.sha256 != digest or found.tier != tier):
             raise InvalidRequestError(
                 f"{name} is another model's name already. Choose another one, or delete that model first "
                 "(`evermini tune rm`, or DELETE /v1/models/NAME).",

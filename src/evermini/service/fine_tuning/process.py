@@ -46,7 +46,12 @@ class TuningProcess:
     ) -> TuningProcess:
         """Start one on a job's folder."""
         log = folder / LOG
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONHASHSEED": "0",  # peft writes sets as they come: the same adapter, the same file
+        }
         with log.open("ab") as file:
             process = await asyncio.create_subprocess_exec(
                 *command(what, folder, num_processes),

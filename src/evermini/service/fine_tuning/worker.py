@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from evermini.config import Settings
-from evermini.errors import NotFoundError
+from evermini.errors import AdapterError, NotFoundError
 from evermini.service.adapters import AdapterStore
 from evermini.service.files import FileService, random_token
 from evermini.service.fine_tuning.metrics import TuningGauges
@@ -180,6 +180,9 @@ class TuningWorker:
                 except asyncio.CancelledError:  # the server ends, or the lease is lost
                     await process.save_and_end()
                     raise
+                except AdapterError as error:  # trying again would not make it better
+                    await self._fail(job, "training_failed", error.message, None)
+                    return
                 finally:
                     await process.kill()
                 match attempt.ending.get("type"):
