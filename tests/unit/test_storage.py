@@ -477,6 +477,46 @@ def test_unfinished_responses_of_earlier_versions_become_jobs(url: URL, tmp_path
         assert (stored.body, stored.caller) == ({"id": "orphan"}, None)
 
 
+def test_what_was_stored_before_projects_goes_where_it_belongs(url: URL, tmp_path: Path) -> None:
+    scripts = tmp_path / "until-0009"
+    shutil.copytree(migrate_module.SCRIPTS, scripts)
+    for path in (scripts / "versions").glob("0*.py"):
+        if path.name[:4] > "0009":
+            path.unlink()
+    engine = create_engine(url)
+    migrate_module.migrate(engine, scripts)
+
+    def add(table: str, **values: Any) -> None:
+        with engine.begin() as connection:
+            names = ", ".join(f":{name}" for name in values)
+            insert = f"INSERT INTO {table} ({', '.join(values)}) VALUES ({names})"
+            connection.execute(text(insert), values)
+
+    for name in ("input", "output", "training", "results", "nobodys"):
+        columns: dict[str, Any] = {"id": name, "filename": "a", "purpose": "batch"}
+        add("files", **columns, num_bytes=0, created_at=0)
+    body = (
+        '{"id": "b", "status": "completed", "input_file_id": "input", "output_file_id": "output"}'
+    )
+    add("batches", id="b", status="completed", body=body, project="acme")
+    body = '{"training_file": "training", "validation_file": null, "result_files": ["results"]}'
+    add("fine_tuning_jobs", id="t", status="succeeded", body=body, spec="{}", project="acme")
+    for name, caller in (("acmes", '{"project": "acme"}'), ("nobodys", "null")):
+        body = f'{{"id": "{name}", "status": "completed"}}'
+        columns = {"id": name, "status": "completed", "body": body, "items": "[]", "request": "{}"}
+        add("responses", **columns, is_resumable=False, caller=caller)
+    engine.dispose()
+    with Database(url) as database:
+        listed = FileStore(database, "acme").list(Cursor(), purpose=None, now=0)
+        assert listed
+        assert [file.id for file in listed.rows] == ["input", "output", "training", "results"]
+        assert FileStore(database, "default").get("nobodys", 0)
+        responses = ResponseStore(database, "acme")
+        assert responses.get("acmes")
+        assert responses.get("nobodys") is None
+        assert ResponseStore(database, "default").get("nobodys")
+
+
 def newer_scripts(folder: Path, change: str) -> Path:
     """The shipped revisions and one more."""
     scripts = folder / "migrations"

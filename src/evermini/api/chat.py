@@ -16,6 +16,7 @@ from evermini.api.body import read_request
 from evermini.api.description import described
 from evermini.api.progress import ReadingWatch, answer_when_read
 from evermini.service import chat, wire
+from evermini.service.caller import current_caller
 from evermini.service.directory import Directory
 from evermini.service.runtime import Runtime
 from evermini.service.schemas import ChatRequest, parse_chat
@@ -69,7 +70,11 @@ async def _stored(run: chat.ChatRun, database: Database) -> wire.Json:
     body = wire.chat_completion(run)
     if run.request.store:
         await database.run(
-            ChatStore(database).add, body, wire.stored_messages(run), run.request.metadata or {}
+            ChatStore(database).add,
+            body,
+            wire.stored_messages(run),
+            run.request.metadata or {},
+            current_caller.get().project,
         )
     return body
 

@@ -16,6 +16,7 @@ from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
 from evermini.errors import NotFoundError
 from evermini.service import validation
+from evermini.service.caller import current_caller
 from evermini.service.responses.context import no_conversation
 from evermini.service.responses.items import InputItem, new_id, parse_items
 from evermini.service.responses.service import Responses
@@ -54,7 +55,8 @@ async def create_conversation(request: Request) -> Response:
     wanted = await read_request(request, lambda body: validation.parse(NewConversation, body))
     items = await _resolved(request, wanted.items or [])
     database, store = _store(request)
-    made = await database.run(store.add, new_id("conv"), wanted.metadata or {}, items)
+    project = current_caller.get().project
+    made = await database.run(store.add, new_id("conv"), wanted.metadata or {}, items, project)
     return JsonResponse(_wire(made))
 
 
@@ -146,7 +148,7 @@ async def _resolved(request: Request, items: Sequence[InputItem]) -> list[dict[s
 
 def _store(request: Request) -> tuple[Database, ConversationStore]:
     database: Database = request.app.state.database
-    return database, ConversationStore(database)
+    return database, ConversationStore(database, current_caller.get().sees)
 
 
 def _found(stored: StoredConversation | None, conversation_id: str) -> StoredConversation:

@@ -195,6 +195,7 @@ class Authentication:
                 endpoint=scope["path"],
                 key_id=key.id if key else None,
                 project=key.project if key else "default",
+                is_operator=key is None or "admin" in key.scopes,
             )
 
         async def send_with_limits(message: Message) -> None:

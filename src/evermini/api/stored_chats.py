@@ -13,6 +13,7 @@ from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, page_of, read_cursor
 from evermini.errors import NotFoundError
+from evermini.service.caller import current_caller
 from evermini.service.schemas import MetadataUpdate, parse_metadata_update
 from evermini.service.shapes import ChatAnswer, Deleted, StoredMessage
 from evermini.storage.chats import ChatStore
@@ -98,7 +99,7 @@ async def list_chat_messages(request: Request, completion_id: str) -> Response:
 
 def _store(request: Request) -> tuple[Database, ChatStore]:
     database: Database = request.app.state.database
-    return database, ChatStore(database)
+    return database, ChatStore(database, current_caller.get().sees)
 
 
 def _not_found(completion_id: str) -> NotFoundError:

@@ -2,7 +2,8 @@
 
     token = current_caller.set(Caller(...)); ...; current_caller.reset(token)
 
-A context variable, so tasks that a request starts inherit it. Outside a server it is the default: nobody in particular.
+A context variable, so tasks that a request starts inherit it. Outside a request it is the default: nobody in
+particular, who sees everything.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ class Caller:
         request_id: The request's id.
         endpoint: Its route, such as ``/v1/chat/completions``.
         key_id: The key that it came with; ``None``: none was asked for, or one of the settings' keys.
-        project: What its tokens are counted for.
+        project: What its tokens are counted for, and whose what it stores is.
         is_batch: It is a line of a batch: nobody waits for it.
+        is_operator: It sees what all projects have stored.
     """
 
     request_id: str = ""
@@ -28,7 +30,13 @@ class Caller:
     key_id: str | None = None
     project: str = "default"
     is_batch: bool = False
+    is_operator: bool = False
+
+    @property
+    def sees(self) -> str | None:
+        """The project whose files, batches and so on exist for it; ``None``: those of all."""
+        return None if self.is_operator else self.project
 
 
-NOBODY = Caller()
+NOBODY = Caller(is_operator=True)
 current_caller: ContextVar[Caller] = ContextVar("evermini_caller", default=NOBODY)

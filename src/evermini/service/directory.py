@@ -16,6 +16,7 @@ from evermini.errors import ModelNotFoundError, PermissionDeniedError
 from evermini.models import catalogue
 from evermini.models.lora import read_peft
 from evermini.service.adapters import Adapter, AdapterStore
+from evermini.service.caller import current_caller
 from evermini.service.loading import name_of_tier
 from evermini.service.model_info import ModelInfo, fingerprint
 from evermini.service.runtime import AdapterSource, Runtime, Served, ServedModel, load
@@ -49,6 +50,8 @@ class Directory:
             return served
         found = await self._database.run(self._store.find, name)
         if isinstance(found, Adapter):
+            if not found.exists_for(current_caller.get().sees):
+                raise ModelNotFoundError(unknown_tuned(name), param="model")
             return self._tuned(found)
         if found is not None:
             return self._runtime.resolve(found)
@@ -65,7 +68,8 @@ class Directory:
         tuned = {
             adapter.name: tuned_info(adapter, base)
             for adapter in adapters
-            if (base := self._base(adapter)) is not None
+            if adapter.exists_for(current_caller.get().sees)
+            and (base := self._base(adapter)) is not None
         }
         listed += tuned.items()
         for alias in aliases:
@@ -87,7 +91,9 @@ class Directory:
                 f"The model `{name}` is no fine-tuned one, so it cannot be deleted. `evermini rm` deletes weights.",
                 param="model",
             )
-        if not (
+        meant = await self._database.run(self._store.find, name)
+        is_hidden = isinstance(meant, Adapter) and not meant.exists_for(current_caller.get().sees)
+        if is_hidden or not (
             await self._database.run(self._store.delete, name)
             or await self._database.run(self._store.delete_alias, name)
         ):

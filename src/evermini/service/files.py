@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from evermini.errors import NotFoundError, RequestTooLargeError, StorageError
+from evermini.service.caller import current_caller
 from evermini.service.file_requests import FileCreate, check_name, lifetime
 from evermini.storage.blobs import BlobStore, BlobWriter
 from evermini.storage.database import Database
@@ -127,12 +128,13 @@ class FileService:
             filename=filename,
             purpose=wanted.purpose,
             seconds=lifetime(wanted.purpose, wanted.expires_after),
+            project=current_caller.get().project,
         )
         await self.settle(writer, lambda: self._files.add(file))
         await self._delete_expired()
         return file
 
-    # Files
+    # Files: those that the caller sees
 
     async def get(self, file_id: str) -> StoredFile:
         """Return a file.
@@ -140,14 +142,14 @@ class FileService:
         Raises:
             NotFoundError: There is none of that id.
         """
-        file = await self._database.run(self._files.get, file_id, time.time())
+        file = await self._database.run(self._seen().get, file_id, time.time())
         if file is None:
             raise _no_such_file(file_id)
         return file
 
     async def list(self, cursor: Cursor, purpose: str | None) -> Page[StoredFile] | None:
         """Return a page of files; ``None`` if there is no file ``cursor.after``."""
-        return await self._database.run(self._files.list, cursor, purpose=purpose, now=time.time())
+        return await self._database.run(self._seen().list, cursor, purpose=purpose, now=time.time())
 
     async def delete(self, file_id: str) -> None:
         """Delete a file and its bytes.
@@ -155,7 +157,7 @@ class FileService:
         Raises:
             NotFoundError: There is none of that id.
         """
-        blobs = await self._database.run(self._files.delete, file_id, time.time())
+        blobs = await self._database.run(self._seen().delete, file_id, time.time())
         if blobs is None:
             raise _no_such_file(file_id)
         await self.free(blobs)
@@ -175,7 +177,13 @@ class FileService:
             at += piece.num_bytes
 
     async def make(
-        self, chunks: Iterable[bytes], *, filename: str, purpose: str, seconds: int | None
+        self,
+        chunks: Iterable[bytes],
+        *,
+        filename: str,
+        purpose: str,
+        seconds: int | None,
+        project: str,
     ) -> StoredFile | None:
         """Store the bytes of a file of our own making; the caller makes it known, with `add_file`.
 
@@ -184,6 +192,7 @@ class FileService:
             filename: Its name.
             purpose: What it is.
             seconds: How long it is kept; ``None``: until it is deleted.
+            project: Whose it is.
 
         Returns:
             The file; ``None`` if there are no bytes.
@@ -206,7 +215,9 @@ class FileService:
         piece = await asyncio.to_thread(write)
         if piece is None:
             return None
-        return _new_file(piece, filename=filename, purpose=purpose, seconds=seconds)
+        return _new_file(
+            piece, filename=filename, purpose=purpose, seconds=seconds, project=project
+        )
 
     async def free(self, blobs: Collection[str]) -> None:
         """Delete bytes that no row names any more. Where that fails, `evermini gc` does it later."""
@@ -216,6 +227,9 @@ class FileService:
             await asyncio.to_thread(self._blobs.delete, blobs)
         except StorageError as error:
             log.warning("%d blobs are left to `evermini gc`: %s", len(blobs), error.message)
+
+    def _seen(self) -> FileStore:
+        return FileStore(self._database, current_caller.get().sees)
 
     async def _delete_expired(self) -> None:
         """Delete what has expired; it is not shown any more in any case."""
@@ -247,7 +261,9 @@ class _WatchedClock:
         return now < self._set_at + JUMP_PAUSE
 
 
-def _new_file(piece: Piece, *, filename: str, purpose: str, seconds: int | None) -> StoredFile:
+def _new_file(
+    piece: Piece, *, filename: str, purpose: str, seconds: int | None, project: str
+) -> StoredFile:
     now = int(time.time())
     return StoredFile(
         id=f"file-{random_token(22)}",
@@ -257,6 +273,7 @@ def _new_file(piece: Piece, *, filename: str, purpose: str, seconds: int | None)
         created_at=now,
         expires_at=None if seconds is None else now + seconds,
         pieces=(piece,),
+        project=project,
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.service.caller import current_caller
 from evermini.service.file_requests import (
     UploadComplete,
     UploadCreate,
@@ -74,6 +75,7 @@ class UploadService:
             status="pending",
             file_id=None,
             parts={},
+            project=current_caller.get().project,
         )
         await self._database.run(self._uploads.add, upload)
         return upload
@@ -85,7 +87,8 @@ class UploadService:
             NotFoundError: There is none of that id.
             InvalidRequestError: It does not take parts any more.
         """
-        upload = await self._database.run(self._uploads.get, upload_id)
+        seen = UploadStore(self._database, current_caller.get().sees)
+        upload = await self._database.run(seen.get, upload_id)
         if upload is None:
             raise NotFoundError(f"No such Upload object: {upload_id[:200]}", param="upload_id")
         status = upload.status
@@ -147,6 +150,7 @@ class UploadService:
             created_at=now,
             expires_at=None if upload.file_seconds is None else now + upload.file_seconds,
             pieces=pieces,
+            project=upload.project,
         )
         if file.num_bytes != upload.num_bytes:
             raise InvalidRequestError(

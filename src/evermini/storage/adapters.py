@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, or_, select
-from sqlalchemy.orm import Mapped, mapped_column
+from sqlalchemy import Select, delete, or_, select
+from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
+from evermini.storage.fine_tuning import FineTuningRow
 from evermini.storage.schema import Base, Number
 
 
@@ -60,6 +61,7 @@ class Adapter:
         created_at: Unix time.
         config_blob: Blob of ``adapter_config.json``.
         weights_blob: Blob of ``adapter_model.safetensors``.
+        project: Whose it is: that of its job; ``None``: it was imported, and is everybody's.
     """
 
     name: str
@@ -74,6 +76,11 @@ class Adapter:
     created_at: int
     config_blob: str
     weights_blob: str
+    project: str | None = None
+
+    def exists_for(self, project: str | None) -> bool:
+        """Return whether a project's keys may use it; ``None`` stands for whoever sees everything."""
+        return project is None or self.project in (None, project)
 
 
 @dataclass(frozen=True)
@@ -97,36 +104,34 @@ class AdapterTable:
         An alias of the same name gives way.
         """
         with self._database.writing() as session:
-            row = session.scalar(select(AdapterRow).where(AdapterRow.name == adapter.name))
-            if row is not None:
-                return _stored(row)
+            if found := _find(session, adapter.name):
+                return found
             session.execute(delete(ModelAliasRow).where(ModelAliasRow.name == adapter.name))
             session.add(AdapterRow(**{name: getattr(adapter, name) for name in _FIELDS}))
-            return adapter
+            session.flush()
+            added = _find(session, adapter.name)
+            assert added is not None, "of this transaction"
+            return added
 
     def get(self, name: str) -> Adapter | None:
         """Return the adapter of a name."""
         with self._database.reading() as session:
-            row = session.scalar(select(AdapterRow).where(AdapterRow.name == name))
-            return None if row is None else _stored(row)
+            return _find(session, name)
 
     def list(self) -> Sequence[Adapter]:
         """Return all adapters, the oldest first."""
         with self._database.reading() as session:
-            return [
-                _stored(row)
-                for row in session.scalars(select(AdapterRow).order_by(AdapterRow.number))
-            ]
+            rows = session.execute(_adapters().order_by(AdapterRow.number))
+            return [_stored(row, project) for row, project in rows]
 
     def delete(self, name: str) -> Adapter | None:
         """Delete an adapter and the aliases that mean it; return what it was, whose blobs are free now."""
         with self._database.writing() as session:
-            row = session.scalar(select(AdapterRow).where(AdapterRow.name == name))
-            if row is None:
-                return None
-            session.execute(delete(ModelAliasRow).where(ModelAliasRow.target == name))
-            session.delete(row)
-            return _stored(row)
+            found = _find(session, name)
+            if found is not None:
+                session.execute(delete(ModelAliasRow).where(ModelAliasRow.target == name))
+                session.execute(delete(AdapterRow).where(AdapterRow.name == name))
+            return found
 
     def used_hashes(self) -> set[str]:
         """Return the hashes of all adapters."""
@@ -180,5 +185,16 @@ _FIELDS = (
 )  # fmt: skip
 
 
-def _stored(row: AdapterRow) -> Adapter:
-    return Adapter(**{name: getattr(row, name) for name in _FIELDS})
+def _adapters() -> Select[AdapterRow, str | None]:
+    """Return the query of adapters, each with the project of the job that made it."""
+    made_by = FineTuningRow.id == AdapterRow.job_id
+    return select(AdapterRow, FineTuningRow.project).outerjoin(FineTuningRow, made_by)
+
+
+def _find(session: Session, name: str) -> Adapter | None:
+    found = session.execute(_adapters().where(AdapterRow.name == name)).one_or_none()
+    return None if found is None else _stored(*found)
+
+
+def _stored(row: AdapterRow, project: str | None) -> Adapter:
+    return Adapter(**{name: getattr(row, name) for name in _FIELDS}, project=project)

@@ -14,23 +14,35 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy import ForeignKey, delete, func, select
+from sqlalchemy import ForeignKey, Index, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile, add_file
-from evermini.storage.jobs import Job, enqueue, finish, hold
-from evermini.storage.schema import Base, Cursor, Json, Number, Page, Shown, page
+from evermini.storage.jobs import Job, enqueue, finish, hold, subject_of
+from evermini.storage.schema import (
+    Base,
+    Cursor,
+    Json,
+    Number,
+    Owned,
+    Page,
+    Shown,
+    find,
+    owned,
+    page,
+)
 
 JOB = "batch"
 FINAL = ("failed", "completed", "expired", "cancelled")
 _RESULTS_READ = 500
 
 
-class BatchRow(Shown, Base):
+class BatchRow(Shown, Owned, Base):
     """A batch; ``body`` is all of it that clients see and nobody searches for."""
 
     __tablename__ = "batches"
+    __table_args__ = (Index(None, "project", "number"),)
 
     number: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -93,7 +105,7 @@ class StoredBatch:
         body: The object that clients see.
         output_seconds: How long its files are kept; ``None``: until they are deleted.
         key_id: The key that created it, if one did.
-        project: What its tokens are counted for.
+        project: Whose it is, and what its tokens are counted for.
     """
 
     body: Json
@@ -113,10 +125,15 @@ class StoredBatch:
 
 
 class BatchStore:
-    """Reads and writes batches."""
+    """Reads and writes batches.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: Where they are.
+        project: Whose batches are found; ``None``: everybody's.
+    """
+
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
 
     def add(self, batch: StoredBatch) -> None:
         """Store a new batch and the job to work on it."""
@@ -136,7 +153,7 @@ class BatchStore:
     def get(self, batch_id: str) -> StoredBatch | None:
         """Return a batch with its counts as they are now, ``None`` if there is none of that id."""
         with self._database.reading() as session:
-            row = _find(session, batch_id)
+            row = find(session, BatchRow, batch_id, self._project)
             return None if row is None else _stored(session, row)
 
     def list(self, cursor: Cursor) -> Page[StoredBatch] | None:
@@ -144,17 +161,17 @@ class BatchStore:
         with self._database.reading() as session:
             after = None
             if cursor.after is not None:
-                before = _find(session, cursor.after)
+                before = find(session, BatchRow, cursor.after, self._project)
                 if before is None:
                     return None
                 after = before.number
-            found = page(session, select(BatchRow), BatchRow.number, after, cursor)
+            found = page(session, owned(BatchRow, self._project), BatchRow.number, after, cursor)
             return Page([_stored(session, row) for row in found.rows], found.has_more)
 
     def cancel(self, batch_id: str, now: int) -> StoredBatch | None:
         """Let a batch end early, unless it has ended; return it, ``None`` if there is none of that id."""
         with self._database.writing() as session:
-            row = _find(session, batch_id, lock=True)
+            row = find(session, BatchRow, batch_id, self._project, lock=True)
             if row is None:
                 return None
             if row.status in ("validating", "in_progress"):
@@ -171,7 +188,7 @@ class BatchStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, BatchRow, job)
             counts = {"total": total, "completed": 0, "failed": 0}
             row.show(request_counts=counts, model=model)
             if row.status == "validating":
@@ -184,7 +201,7 @@ class BatchStore:
             LeaseLostError: The job is another's.
         """
         with self._database.writing() as session:
-            row = _require(session, job)
+            row = subject_of(session, BatchRow, job)
             listed = {"object": "list", "data": list(errors)}
             row.show(status="failed", failed_at=now, errors=listed)
             finish(session, job)
@@ -197,7 +214,7 @@ class BatchStore:
     def done_lines(self, batch_id: str) -> set[int]:
         """Return the lines that have a result."""
         with self._database.reading() as session:
-            row = _find(session, batch_id)
+            row = find(session, BatchRow, batch_id, self._project)
             if row is None:
                 return set()
             query = select(BatchResultRow.line).where(BatchResultRow.batch == row.number)
@@ -211,7 +228,7 @@ class BatchStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, BatchRow, job)
             session.add_all(
                 BatchResultRow(
                     batch=row.number,
@@ -234,14 +251,14 @@ class BatchStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            _require(session, job).show(**{"status": status, f"{status}_at": now})
+            subject_of(session, BatchRow, job).show(**{"status": status, f"{status}_at": now})
 
     def results(self, batch_id: str, *, errors: bool) -> Iterator[str]:
         """Yield the lines of the output file, or of the error file, in the input's order."""
         last = -1
         while True:
             with self._database.reading() as session:
-                row = _find(session, batch_id)
+                row = find(session, BatchRow, batch_id, self._project)
                 assert row is not None
                 query = (
                     select(BatchResultRow)
@@ -275,7 +292,7 @@ class BatchStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, BatchRow, job)
             counts = _counts(session, row)
             num_lines = row.body["request_counts"]["total"]
             assert counts.completed + counts.failed == num_lines, "a line has no result"
@@ -290,17 +307,6 @@ class BatchStore:
             )
             session.execute(delete(BatchResultRow).where(BatchResultRow.batch == row.number))
             finish(session, job)
-
-
-def _find(session: Session, batch_id: str, *, lock: bool = False) -> BatchRow | None:
-    query = select(BatchRow).where(BatchRow.id == batch_id)
-    return session.scalar(query.with_for_update() if lock else query)
-
-
-def _require(session: Session, job: Job) -> BatchRow:
-    row = _find(session, job.subject, lock=True)
-    assert row is not None, "batches are never deleted"
-    return row
 
 
 def _counts(session: Session, row: BatchRow) -> Counts:

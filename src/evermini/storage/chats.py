@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sqlalchemy import ForeignKey, delete, select
-from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
+from sqlalchemy import ForeignKey, Index, delete
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Json, Number, Page, page
+from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, owned, page
 
 
-class ChatCompletionRow(Base):
+class ChatCompletionRow(Owned, Base):
     """A completion; its metadata lies in rows of their own, by which listings are filtered."""
 
     __tablename__ = "chat_completions"
+    __table_args__ = (Index(None, "project", "number"),)
 
     number: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
     model: Mapped[str] = mapped_column(index=True)
     body: Mapped[Json]
     messages: Mapped[list[Json]]
+    project: Mapped[str] = mapped_column(server_default="default")
     pairs: Mapped[list[ChatMetadataRow]] = relationship(
         cascade="all, delete-orphan", passive_deletes=True, lazy="selectin"
     )
@@ -48,13 +50,24 @@ class StoredChat:
 
 
 class ChatStore:
-    """Reads and writes stored chat completions."""
+    """Reads and writes stored chat completions.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: Where they are.
+        project: Whose completions are found; ``None``: everybody's.
+    """
 
-    def add(self, body: Json, messages: list[Json], metadata: Mapping[str, str]) -> None:
-        """Store a completion; it is on the disk when this returns."""
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
+
+    def add(
+        self,
+        body: Json,
+        messages: list[Json],
+        metadata: Mapping[str, str],
+        project: str = "default",
+    ) -> None:
+        """Store a completion of a project; it is on the disk when this returns."""
         with self._database.writing() as session:
             session.add(
                 ChatCompletionRow(
@@ -62,6 +75,7 @@ class ChatStore:
                     model=body["model"],
                     body={key: value for key, value in body.items() if key != "metadata"},
                     messages=messages,
+                    project=project,
                     pairs=_pairs(metadata),
                 )
             )
@@ -69,7 +83,7 @@ class ChatStore:
     def get(self, completion_id: str) -> StoredChat | None:
         """Return a completion, ``None`` if there is none of that id."""
         with self._database.reading() as session:
-            row = _find(session, completion_id)
+            row = find(session, ChatCompletionRow, completion_id, self._project)
             return None if row is None else _stored(row)
 
     def list(
@@ -82,7 +96,7 @@ class ChatStore:
             model: Only completions of this model.
             metadata: Only completions whose metadata has all of these pairs.
         """
-        query = select(ChatCompletionRow)
+        query = owned(ChatCompletionRow, self._project)
         if model is not None:
             query = query.where(ChatCompletionRow.model == model)
         for key, value in metadata.items():
@@ -93,7 +107,7 @@ class ChatStore:
         with self._database.reading() as session:
             after = None
             if cursor.after is not None:
-                before = _find(session, cursor.after)
+                before = find(session, ChatCompletionRow, cursor.after, self._project)
                 if before is None:
                     return None
                 after = before.number
@@ -103,7 +117,7 @@ class ChatStore:
     def update(self, completion_id: str, metadata: Mapping[str, str]) -> StoredChat | None:
         """Replace a completion's metadata and return it, ``None`` if there is none of that id."""
         with self._database.writing() as session:
-            row = _find(session, completion_id)
+            row = find(session, ChatCompletionRow, completion_id, self._project)
             if row is None:
                 return None
             session.execute(delete(ChatMetadataRow).where(ChatMetadataRow.completion == row.number))
@@ -115,14 +129,10 @@ class ChatStore:
     def delete(self, completion_id: str) -> bool:
         """Delete a completion; false if there is none of that id."""
         with self._database.writing() as session:
-            row = _find(session, completion_id)
+            row = find(session, ChatCompletionRow, completion_id, self._project)
             if row is not None:
                 session.delete(row)
             return row is not None
-
-
-def _find(session: Session, completion_id: str) -> ChatCompletionRow | None:
-    return session.scalar(select(ChatCompletionRow).where(ChatCompletionRow.id == completion_id))
 
 
 def _pairs(metadata: Mapping[str, str]) -> list[ChatMetadataRow]:

@@ -11,10 +11,10 @@ from sqlalchemy import ForeignKey, Index, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Json, Number, Page, page
+from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, page
 
 
-class ConversationRow(Base):
+class ConversationRow(Owned, Base):
     """A conversation; ``details`` is its metadata (SQLAlchemy keeps the name ``metadata`` for itself)."""
 
     __tablename__ = "conversations"
@@ -23,6 +23,7 @@ class ConversationRow(Base):
     id: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[int] = mapped_column(Number)
     details: Mapped[Json]
+    project: Mapped[str] = mapped_column(server_default="default")
 
 
 class ConversationItemRow(Base):
@@ -49,18 +50,30 @@ class StoredConversation:
 
 
 class ConversationStore:
-    """Reads and writes conversations. Methods return ``None`` where there is no conversation of the id."""
+    """Reads and writes conversations. Methods return ``None`` where there is no conversation of the id.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: Where they are.
+        project: Whose conversations are found; ``None``: everybody's.
+    """
+
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
 
     def add(
-        self, conversation_id: str, metadata: dict[str, str], items: Sequence[Json]
+        self,
+        conversation_id: str,
+        metadata: dict[str, str],
+        items: Sequence[Json],
+        project: str = "default",
     ) -> StoredConversation:
-        """Store a new conversation with its first items."""
+        """Store a new conversation of a project, with its first items."""
         with self._database.writing() as session:
             row = ConversationRow(
-                id=conversation_id, created_at=int(time.time()), details=dict(metadata)
+                id=conversation_id,
+                created_at=int(time.time()),
+                details=dict(metadata),
+                project=project,
             )
             session.add(row)
             session.flush()
@@ -70,13 +83,13 @@ class ConversationStore:
     def get(self, conversation_id: str) -> StoredConversation | None:
         """Return a conversation."""
         with self._database.reading() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             return None if row is None else _stored(row)
 
     def update(self, conversation_id: str, metadata: dict[str, str]) -> StoredConversation | None:
         """Replace a conversation's metadata."""
         with self._database.writing() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             if row is None:
                 return None
             row.details = dict(metadata)
@@ -85,7 +98,7 @@ class ConversationStore:
     def delete(self, conversation_id: str) -> bool:
         """Delete a conversation and its items; false if there is none of that id."""
         with self._database.writing() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             if row is not None:
                 session.delete(row)
             return row is not None
@@ -93,13 +106,13 @@ class ConversationStore:
     def append(self, conversation_id: str, items: Sequence[Json]) -> list[Json] | None:
         """Add items at the end and return them as they were stored; one whose id is taken gets a new id."""
         with self._database.writing() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             return None if row is None else _append(session, row, items)
 
     def items(self, conversation_id: str) -> list[Json] | None:
         """Return all items, oldest first."""
         with self._database.reading() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             if row is None:
                 return None
             query = (
@@ -116,7 +129,7 @@ class ConversationStore:
             KeyError: There is no item ``cursor.after``.
         """
         with self._database.reading() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             if row is None:
                 return None
             after = None
@@ -134,7 +147,7 @@ class ConversationStore:
     def get_item(self, conversation_id: str, item_id: str) -> Json | None:
         """Return an item; ``None`` also if the conversation has none of that id."""
         with self._database.reading() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             item = None if row is None else _find_item(session, row, item_id)
             return None if item is None else item.body
 
@@ -145,7 +158,7 @@ class ConversationStore:
             KeyError: The conversation has no item of that id.
         """
         with self._database.writing() as session:
-            row = _find(session, conversation_id)
+            row = find(session, ConversationRow, conversation_id, self._project)
             if row is None:
                 return None
             item = _find_item(session, row, item_id)
@@ -155,25 +168,21 @@ class ConversationStore:
             return _stored(row)
 
 
-def find_item(session: Session, item_id: str) -> Json | None:
-    """Return the newest item of that id in any conversation."""
-    return session.scalar(
-        select(ConversationItemRow.body)
-        .where(ConversationItemRow.id == item_id)
-        .order_by(ConversationItemRow.number.desc())
-        .limit(1)
-    )
+def find_item(session: Session, item_id: str, project: str | None) -> Json | None:
+    """Return the newest item of that id in any conversation of a project; ``None``: of any project."""
+    query = select(ConversationItemRow.body).where(ConversationItemRow.id == item_id)
+    if project is not None:
+        query = query.join(
+            ConversationRow, ConversationRow.number == ConversationItemRow.conversation
+        ).where(ConversationRow.project == project)
+    return session.scalar(query.order_by(ConversationItemRow.number.desc()).limit(1))
 
 
 def append_items(session: Session, conversation_id: str, items: Sequence[Json]) -> None:
     """Add items to a conversation as part of another change; does nothing if it has been deleted."""
-    row = _find(session, conversation_id)
+    row = find(session, ConversationRow, conversation_id)
     if row is not None:
         _append(session, row, items)
-
-
-def _find(session: Session, conversation_id: str) -> ConversationRow | None:
-    return session.scalar(select(ConversationRow).where(ConversationRow.id == conversation_id))
 
 
 def _find_item(session: Session, row: ConversationRow, item_id: str) -> ConversationItemRow | None:

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Double, ForeignKey, func, or_, select
+from sqlalchemy import Double, ForeignKey, Index, func, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 
 from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Number, Page, page
+from evermini.storage.schema import Base, Cursor, Number, Owned, Page, find, owned, page
 
 
-class FileRow(Base):
+class FileRow(Owned, Base):
     """A file; times are Unix times."""
 
     __tablename__ = "files"
+    __table_args__ = (Index(None, "project", "number"),)
 
     number: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -28,6 +29,7 @@ class FileRow(Base):
     num_bytes: Mapped[int] = mapped_column(Number)
     created_at: Mapped[int] = mapped_column(Number)
     expires_at: Mapped[float | None] = mapped_column(Double, index=True)
+    project: Mapped[str] = mapped_column(server_default="default")
     blobs: Mapped[list[FileBlobRow]] = relationship(
         cascade="all, delete-orphan", passive_deletes=True, order_by="FileBlobRow.position"
     )
@@ -46,7 +48,7 @@ class FileBlobRow(Base):
     num_bytes: Mapped[int] = mapped_column(Number)
 
 
-class UploadRow(Base):
+class UploadRow(Owned, Base):
     """An upload in parts; ``status`` is pending, completed or cancelled, and expired follows from the time."""
 
     __tablename__ = "uploads"
@@ -61,6 +63,7 @@ class UploadRow(Base):
     file_seconds: Mapped[int | None]
     status: Mapped[str]
     file_id: Mapped[str | None]
+    project: Mapped[str] = mapped_column(server_default="default")
     parts: Mapped[list[UploadPartRow]] = relationship(
         cascade="all, delete-orphan", passive_deletes=True
     )
@@ -90,7 +93,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file. Times are Unix times; it does not exist any more from ``expires_at`` on."""
+    """A file of a project. Times are Unix times; it does not exist any more from ``expires_at`` on."""
 
     id: str
     filename: str
@@ -99,6 +102,7 @@ class StoredFile:
     created_at: int
     expires_at: int | None
     pieces: tuple[Piece, ...] = ()
+    project: str = "default"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class StoredUpload:
         file_seconds: How long the file will live; ``None``: until it is deleted.
         file_id: The file, once completed.
         parts: The parts that have arrived, by id.
+        project: Whose it is, and whose the file will be.
     """
 
     id: str
@@ -122,13 +127,19 @@ class StoredUpload:
     status: str
     file_id: str | None
     parts: dict[str, Piece]
+    project: str = "default"
 
 
 class FileStore:
-    """Reads and writes files."""
+    """Reads and writes files.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: Where they are.
+        project: Whose files are found; ``None``: everybody's.
+    """
+
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
 
     def add(self, file: StoredFile) -> None:
         """Store a file whose blobs are complete."""
@@ -138,18 +149,18 @@ class FileStore:
     def get(self, file_id: str, now: float) -> StoredFile | None:
         """Return a file, ``None`` if there is none of that id or it has expired."""
         with self._database.reading() as session:
-            row = _find(session, file_id, now)
+            row = self._find(session, file_id, now)
             return None if row is None else _stored(row)
 
     def list(self, cursor: Cursor, *, purpose: str | None, now: float) -> Page[StoredFile] | None:
         """Return a page, newest first by default; ``None`` if there is no file ``cursor.after``."""
-        query = select(FileRow).where(_lives(now))
+        query = owned(FileRow, self._project).where(_lives(now))
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         with self._database.reading() as session:
             after = None
             if cursor.after is not None:
-                before = _find(session, cursor.after, now)
+                before = self._find(session, cursor.after, now)
                 if before is None:
                     return None
                 after = before.number
@@ -159,7 +170,7 @@ class FileStore:
     def delete(self, file_id: str, now: float) -> Sequence[str] | None:
         """Delete a file and return the blobs that are free now; ``None`` if there is none of that id."""
         with self._database.writing() as session:
-            row = _find(session, file_id, now)
+            row = self._find(session, file_id, now)
             if row is None:
                 return None
             blobs = [piece.blob for piece in row.blobs]
@@ -196,12 +207,21 @@ class FileStore:
         with self._database.reading() as session:
             return session.scalar(select(func.coalesce(func.sum(FileRow.num_bytes), 0))) or 0
 
+    def _find(self, session: Session, file_id: str, now: float) -> FileRow | None:
+        query = owned(FileRow, self._project).where(FileRow.id == file_id, _lives(now))
+        return session.scalar(query)
+
 
 class UploadStore:
-    """Reads and writes uploads in parts."""
+    """Reads and writes uploads in parts.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: Where they are.
+        project: Whose uploads are found; ``None``: everybody's.
+    """
+
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
 
     def add(self, upload: StoredUpload) -> None:
         """Store a new upload, which has no parts yet."""
@@ -217,19 +237,20 @@ class UploadStore:
                     file_seconds=upload.file_seconds,
                     status=upload.status,
                     file_id=upload.file_id,
+                    project=upload.project,
                 )
             )
 
     def get(self, upload_id: str) -> StoredUpload | None:
         """Return an upload, ``None`` if there is none of that id."""
         with self._database.reading() as session:
-            row = _upload(session, upload_id)
+            row = find(session, UploadRow, upload_id, self._project)
             return None if row is None else _stored_upload(row)
 
     def add_part(self, upload_id: str, part_id: str, piece: Piece, now: float) -> bool:
         """Store a part; false, and nothing is stored, if the upload takes no parts any more."""
         with self._database.writing() as session:
-            row = _pending(session, upload_id, now)
+            row = self._pending(session, upload_id, now)
             if row is None:
                 return False
             session.add(
@@ -249,7 +270,7 @@ class UploadStore:
             upload is not pending any more.
         """
         with self._database.writing() as session:
-            row = _pending(session, upload_id, now)
+            row = self._pending(session, upload_id, now)
             if row is None:
                 return None
             taken = {piece.blob for piece in file.pieces}
@@ -263,7 +284,7 @@ class UploadStore:
     def cancel(self, upload_id: str, now: float) -> tuple[StoredUpload, Sequence[str]] | None:
         """Cancel an upload and return it with the blobs that are free now; ``None`` if it is not pending any more."""
         with self._database.writing() as session:
-            row = _pending(session, upload_id, now)
+            row = self._pending(session, upload_id, now)
             if row is None:
                 return None
             free = [part.blob for part in row.parts]
@@ -272,26 +293,15 @@ class UploadStore:
             session.flush()
             return _stored_upload(row), free
 
+    def _pending(self, session: Session, upload_id: str, now: float) -> UploadRow | None:
+        """Return an upload that takes parts, locked until the transaction ends."""
+        row = find(session, UploadRow, upload_id, self._project, lock=True)
+        is_pending = row is not None and row.status == "pending" and row.expires_at > now
+        return row if is_pending else None
+
 
 def _lives(now: float):  # type: ignore[no-untyped-def]  # SQLAlchemy's types of conditions say nothing to a reader
     return or_(FileRow.expires_at.is_(None), FileRow.expires_at > now)
-
-
-def _find(session: Session, file_id: str, now: float) -> FileRow | None:
-    return session.scalar(select(FileRow).where(FileRow.id == file_id, _lives(now)))
-
-
-def _upload(session: Session, upload_id: str) -> UploadRow | None:
-    return session.scalar(select(UploadRow).where(UploadRow.id == upload_id))
-
-
-def _pending(session: Session, upload_id: str, now: float) -> UploadRow | None:
-    """Return an upload that takes parts, locked until the transaction ends."""
-    return session.scalar(
-        select(UploadRow)
-        .where(UploadRow.id == upload_id, UploadRow.status == "pending", UploadRow.expires_at > now)
-        .with_for_update()
-    )
 
 
 def add_file(session: Session, file: StoredFile) -> None:
@@ -304,6 +314,7 @@ def add_file(session: Session, file: StoredFile) -> None:
             num_bytes=file.num_bytes,
             created_at=file.created_at,
             expires_at=file.expires_at,
+            project=file.project,
             blobs=[
                 FileBlobRow(position=position, blob=piece.blob, num_bytes=piece.num_bytes)
                 for position, piece in enumerate(file.pieces)
@@ -321,6 +332,7 @@ def _stored(row: FileRow) -> StoredFile:
         created_at=row.created_at,
         expires_at=None if row.expires_at is None else int(row.expires_at),
         pieces=tuple(Piece(piece.blob, piece.num_bytes) for piece in row.blobs),
+        project=row.project,
     )
 
 
@@ -336,4 +348,5 @@ def _stored_upload(row: UploadRow) -> StoredUpload:
         status=row.status,
         file_id=row.file_id,
         parts={part.id: Piece(part.blob, part.num_bytes) for part in row.parts},
+        project=row.project,
     )

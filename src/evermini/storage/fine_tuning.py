@@ -17,13 +17,24 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from sqlalchemy import ForeignKey, String, UniqueConstraint, delete, select
+from sqlalchemy import ForeignKey, Index, String, UniqueConstraint, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile, add_file
-from evermini.storage.jobs import Job, JobRow, drop, enqueue, finish, hold
-from evermini.storage.schema import Base, Cursor, Json, Number, Page, Shown, page
+from evermini.storage.jobs import Job, JobRow, drop, enqueue, finish, hold, subject_of
+from evermini.storage.schema import (
+    Base,
+    Cursor,
+    Json,
+    Number,
+    Owned,
+    Page,
+    Shown,
+    find,
+    owned,
+    page,
+)
 
 CHECK = "fine_tuning_check"
 TRAIN = "fine_tuning"
@@ -31,10 +42,11 @@ FINAL = ("succeeded", "failed", "cancelled")
 Level = Literal["info", "warn", "error"]
 
 
-class FineTuningRow(Shown, Base):
+class FineTuningRow(Shown, Owned, Base):
     """A job; ``body`` is all of it that clients see, ``spec`` what the training process is told."""
 
     __tablename__ = "fine_tuning_jobs"
+    __table_args__ = (Index(None, "project", "number"),)
 
     number: Mapped[int] = mapped_column(Number, primary_key=True)
     id: Mapped[str] = mapped_column(unique=True)
@@ -85,7 +97,7 @@ class StoredTuning:
         body: The object that clients see.
         spec: What the training process is told.
         key_id: The key that created it, if one did.
-        project: What it is counted for.
+        project: Whose it is.
     """
 
     body: Json
@@ -128,10 +140,15 @@ class TuningCheckpoint:
 
 
 class TuningStore:
-    """Reads and writes fine-tuning jobs."""
+    """Reads and writes fine-tuning jobs.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: Where they are.
+        project: Whose jobs are found; ``None``: everybody's.
+    """
+
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
 
     def add(self, tuning: StoredTuning, events: Sequence[Event]) -> None:
         """Store a new job, and the queue's job to check its files."""
@@ -158,7 +175,7 @@ class TuningStore:
     def get(self, tuning_id: str) -> StoredTuning | None:
         """Return a job, ``None`` if there is none of that id."""
         with self._database.reading() as session:
-            row = _find(session, tuning_id)
+            row = find(session, FineTuningRow, tuning_id, self._project)
             return None if row is None else _stored(row)
 
     def list(
@@ -177,11 +194,11 @@ class TuningStore:
         with self._database.reading() as session:
             after = None
             if cursor.after is not None:
-                before = _find(session, cursor.after)
+                before = find(session, FineTuningRow, cursor.after, self._project)
                 if before is None:
                     return None
                 after = before.number
-            query = select(FineTuningRow)
+            query = owned(FineTuningRow, self._project)
             if not metadata and not bare:
                 found = page(session, query, FineTuningRow.number, after, cursor)
                 return Page([_stored(row) for row in found.rows], found.has_more)
@@ -203,7 +220,7 @@ class TuningStore:
     def cancel(self, tuning_id: str, event: Event) -> StoredTuning | None:
         """End a job that has not ended; return it, ``None`` if there is none of that id."""
         with self._database.writing() as session:
-            row = _find(session, tuning_id, lock=True)
+            row = find(session, FineTuningRow, tuning_id, self._project, lock=True)
             if row is None:
                 return None
             if row.status not in FINAL:
@@ -218,7 +235,7 @@ class TuningStore:
         One that trains stays in the queue until its worker has stopped.
         """
         with self._database.writing() as session:
-            row = _find(session, tuning_id, lock=True)
+            row = find(session, FineTuningRow, tuning_id, self._project, lock=True)
             if row is None:
                 return None
             if row.status in ("queued", "running"):
@@ -232,7 +249,7 @@ class TuningStore:
     def resume(self, tuning_id: str, event: Event) -> StoredTuning | None:
         """Queue a paused job again; return it, ``None`` if there is none of that id."""
         with self._database.writing() as session:
-            row = _find(session, tuning_id, lock=True)
+            row = find(session, FineTuningRow, tuning_id, self._project, lock=True)
             if row is None:
                 return None
             if row.status == "paused":
@@ -246,7 +263,7 @@ class TuningStore:
     def events(self, tuning_id: str, cursor: Cursor) -> Page[Event] | None:
         """Return a page of a job's events; ``None`` if there is no such job, or no event ``cursor.after``."""
         with self._database.reading() as session:
-            row = _find(session, tuning_id)
+            row = find(session, FineTuningRow, tuning_id, self._project)
             if row is None:
                 return None
             after = None
@@ -276,7 +293,7 @@ class TuningStore:
     def checkpoints(self, tuning_id: str, cursor: Cursor) -> Page[TuningCheckpoint] | None:
         """Return a page of a job's checkpoints; ``None`` as for `events`."""
         with self._database.reading() as session:
-            row = _find(session, tuning_id)
+            row = find(session, FineTuningRow, tuning_id, self._project)
             if row is None:
                 return None
             query = select(FineTuningCheckpointRow).where(FineTuningCheckpointRow.job == row.number)
@@ -299,7 +316,7 @@ class TuningStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, FineTuningRow, job)
             row.show(**body, status="queued")
             row.spec = spec
             _add_events(session, row, [event])
@@ -314,7 +331,7 @@ class TuningStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, FineTuningRow, job)
             row.show(status="failed", error=error, finished_at=now, estimated_finish=None)
             _add_events(session, row, events)
             finish(session, job)
@@ -330,7 +347,7 @@ class TuningStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, FineTuningRow, job)
             if row.status == "paused":
                 return False
             row.show(status="running")
@@ -361,7 +378,7 @@ class TuningStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, FineTuningRow, job)
             _add_events(session, row, events)
             if checkpoint is not None:
                 _put_checkpoint(session, row, checkpoint)
@@ -386,7 +403,7 @@ class TuningStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            if _require(session, job).status != "paused":
+            if subject_of(session, FineTuningRow, job).status != "paused":
                 return False
             finish(session, job)
             return True
@@ -401,7 +418,7 @@ class TuningStore:
         """
         with self._database.writing() as session:
             hold(session, job)
-            row = _require(session, job)
+            row = subject_of(session, FineTuningRow, job)
             add_file(session, results)
             row.show(
                 **body,
@@ -425,17 +442,6 @@ def _add(session: Session, tuning: StoredTuning) -> FineTuningRow:
     )
     session.add(row)
     session.flush()
-    return row
-
-
-def _find(session: Session, tuning_id: str, *, lock: bool = False) -> FineTuningRow | None:
-    query = select(FineTuningRow).where(FineTuningRow.id == tuning_id)
-    return session.scalar(query.with_for_update() if lock else query)
-
-
-def _require(session: Session, job: Job) -> FineTuningRow:
-    row = _find(session, job.subject, lock=True)
-    assert row is not None, "jobs are never deleted"
     return row
 
 

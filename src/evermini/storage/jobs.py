@@ -24,7 +24,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.errors import StorageError
 from evermini.storage.database import Database, clock
-from evermini.storage.schema import Base, Number
+from evermini.storage.schema import Base, Number, OwnedT, find
 
 MAX_LEASE = 300.0
 """Longest lease, in seconds."""
@@ -156,6 +156,13 @@ def finish(session: Session, job: Job) -> None:
     """
     done = session.execute(delete(JobRow).where(*_mine(job)))
     _require(done.rowcount, job)  # type: ignore[attr-defined]
+
+
+def subject_of(session: Session, rows: type[OwnedT], job: Job) -> OwnedT:
+    """Return what a job is done to, locked until the transaction ends. It is of a kind that is never deleted."""
+    row = find(session, rows, job.subject, lock=True)
+    assert row is not None, "its kind is never deleted"
+    return row
 
 
 def _mine(job: Job):  # type: ignore[no-untyped-def]  # SQLAlchemy's types of conditions say nothing to a reader

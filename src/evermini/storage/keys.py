@@ -53,7 +53,7 @@ class ApiKey:
         digest: SHA-256 of the key, in hexadecimal.
         shown: Its beginning and end, by which its owner knows it again.
         name: What it is for.
-        project: What its tokens are counted for.
+        project: What its tokens are counted for, and whose what it stores is.
         scopes: What it may do.
         created_at: Unix time.
         expires_at: Unix time from which on it is refused; ``None``: never.

@@ -11,19 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ForeignKey, Select, select
+from sqlalchemy import ForeignKey, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.conversations import append_items, find_item
 from evermini.storage.database import Database
 from evermini.storage.jobs import Job, drop, enqueue, finish, hold
-from evermini.storage.schema import Base, Json, Number
+from evermini.storage.schema import Base, Json, Number, Owned, find, owned
 
 JOB = "response"
 UNFINISHED = ("queued", "in_progress")
 
 
-class ResponseRow(Base):
+class ResponseRow(Owned, Base):
     """A response and what it was made from."""
 
     __tablename__ = "responses"
@@ -37,6 +37,7 @@ class ResponseRow(Base):
     request: Mapped[Json]
     is_resumable: Mapped[bool]
     caller: Mapped[Json | None]
+    project: Mapped[str] = mapped_column(server_default="default")
 
 
 class ResponseEventRow(Base):
@@ -72,6 +73,7 @@ class StoredResponse:
         request: The body of the request.
         is_resumable: Its events are stored, too.
         caller: Who asked for it, if it is made in the background.
+        project: Whose it is.
     """
 
     body: Json
@@ -79,6 +81,7 @@ class StoredResponse:
     request: Json
     is_resumable: bool = False
     caller: Json | None = None
+    project: str = "default"
 
     @property
     def id(self) -> str:
@@ -100,10 +103,15 @@ class Addition:
 
 
 class ResponseStore:
-    """Reads and writes responses."""
+    """Reads and writes responses.
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    Args:
+        database: Where they are.
+        project: Whose responses clients find; ``None``: everybody's. Who changes one has found it before.
+    """
+
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
 
     def add(
         self,
@@ -127,25 +135,29 @@ class ResponseStore:
     def get(self, response_id: str) -> StoredResponse | None:
         """Return a response, ``None`` if there is none of that id."""
         with self._database.reading() as session:
-            row = session.scalar(_one(response_id))
+            row = find(session, ResponseRow, response_id, self._project)
             return None if row is None else _stored(row)
 
     def delete(self, response_id: str) -> bool:
         """Delete a response, its events and its job; false if there is none of that id."""
         with self._database.writing() as session:
             drop(session, response_id)
-            row = session.scalar(_one(response_id))
+            row = find(session, ResponseRow, response_id)
             if row is not None:
                 session.delete(row)
             return row is not None
 
     def chain(self, response_id: str) -> list[StoredResponse]:
-        """Return the response and all those before it, oldest first; it ends early where one was deleted."""
-        last = (
-            select(ResponseRow.number, ResponseRow.previous_id)
-            .where(ResponseRow.id == response_id)
-            .cte("chain", recursive=True)
+        """Return the response and all those before it, oldest first; it ends early where one was deleted.
+
+        The last one's project has continued the others, so theirs is not asked for.
+        """
+        first = select(ResponseRow.number, ResponseRow.previous_id).where(
+            ResponseRow.id == response_id
         )
+        if self._project is not None:
+            first = first.where(ResponseRow.project == self._project)
+        last = first.cte("chain", recursive=True)
         before = select(ResponseRow.number, ResponseRow.previous_id).join(
             last, ResponseRow.id == last.c.previous_id
         )
@@ -161,7 +173,7 @@ class ResponseStore:
     def find_item(self, item_id: str) -> Json | None:
         """Return the newest item of that id, of a response's input or output or of a conversation."""
         query = (
-            select(ResponseRow)
+            owned(ResponseRow, self._project)
             .join(ResponseItemRow, ResponseItemRow.response == ResponseRow.number)
             .where(ResponseItemRow.id == item_id)
             .order_by(ResponseRow.number.desc())
@@ -170,7 +182,7 @@ class ResponseStore:
         with self._database.reading() as session:
             row = session.scalar(query)
             if row is None:
-                return find_item(session, item_id)
+                return find_item(session, item_id, self._project)
             items: list[Json] = [*row.items, *row.body["output"]]
             return next(item for item in items if item["id"] == item_id)
 
@@ -187,7 +199,8 @@ class ResponseStore:
         is_finished = body["status"] not in UNFINISHED
         with self._database.writing() as session:
             (finish if is_finished else hold)(session, job)
-            row = session.scalars(_one(body["id"])).one()
+            row = find(session, ResponseRow, body["id"])
+            assert row is not None, "deleting it ends its job"
             row.body, row.status = body, body["status"]
             _add_events(session, row.number, events)
             if is_finished:
@@ -212,7 +225,7 @@ class ResponseStore:
         """Make an unfinished response cancelled, whoever works on it; return it as it is then."""
         with self._database.writing() as session:
             drop(session, response_id)
-            row = session.scalar(_one(response_id).with_for_update())
+            row = find(session, ResponseRow, response_id, lock=True)
             if row is None:
                 return None
             if row.status in UNFINISHED:
@@ -233,10 +246,6 @@ class ResponseStore:
             return list(session.scalars(query))
 
 
-def _one(response_id: str) -> Select[ResponseRow]:
-    return select(ResponseRow).where(ResponseRow.id == response_id)
-
-
 def _add(session: Session, response: StoredResponse) -> int:
     """Add a row, and return its number."""
     row = ResponseRow(
@@ -248,6 +257,7 @@ def _add(session: Session, response: StoredResponse) -> int:
         request=response.request,
         is_resumable=response.is_resumable,
         caller=response.caller,
+        project=response.project,
     )
     session.add(row)
     session.flush()
@@ -270,4 +280,6 @@ def _add_events(session: Session, number: int, events: Sequence[Json]) -> None:
 
 
 def _stored(row: ResponseRow) -> StoredResponse:
-    return StoredResponse(row.body, row.items, row.request, row.is_resumable, row.caller)
+    return StoredResponse(
+        row.body, row.items, row.request, row.is_resumable, row.caller, row.project
+    )

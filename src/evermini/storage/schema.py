@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from sqlalchemy import JSON, BigInteger, Integer, MetaData, Select
+from sqlalchemy import JSON, BigInteger, Integer, MetaData, Select, select
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Session
 
 Json = dict[str, Any]
@@ -14,6 +14,7 @@ Order = Literal["asc", "desc"]
 Scope = Literal["inference", "files", "admin"]
 """What a key may be good for: models; files, batches and training; everybody's usage and costs."""
 RowT = TypeVar("RowT")
+OwnedT = TypeVar("OwnedT", bound="Owned")
 
 Number = BigInteger().with_variant(Integer, "sqlite")
 """A table's own ascending key, in order of insertion. Clients see string ids; pages and foreign keys use this one.
@@ -47,6 +48,41 @@ class Shown:
         """Change what clients see; a new object, since SQLAlchemy does not look inside."""
         self.body = {**self.body, **values}
         self.status = self.body["status"]
+
+
+class Owned:
+    """Of a table whose rows clients know by their ids. Each belongs to the project of the key that it was made with."""
+
+    if TYPE_CHECKING:
+        id: Mapped[str]
+        project: Mapped[str]
+
+
+def owned(rows: type[OwnedT], project: str | None) -> Select[OwnedT]:
+    """Return the query of what belongs to a project; ``None``: to any."""
+    query = select(rows)
+    return query if project is None else query.where(rows.project == project)
+
+
+def find(
+    session: Session,
+    rows: type[OwnedT],
+    object_id: str,
+    project: str | None = None,
+    *,
+    lock: bool = False,
+) -> OwnedT | None:
+    """Return the row of an id if it belongs to the project.
+
+    Args:
+        session: Where to ask.
+        rows: The table.
+        object_id: The id.
+        project: Whose it must be; ``None``: anybody's.
+        lock: Keep it from others until the transaction ends.
+    """
+    query = owned(rows, project).where(rows.id == object_id)
+    return session.scalar(query.with_for_update() if lock else query)
 
 
 @dataclass(frozen=True)

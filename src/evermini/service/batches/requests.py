@@ -86,14 +86,14 @@ class BatchService:
         Raises:
             NotFoundError: There is none of that id.
         """
-        batch = await self._database.run(self._store.get, batch_id)
+        batch = await self._database.run(self._seen().get, batch_id)
         if batch is None:
             raise _no_such_batch(batch_id)
         return batch
 
     async def list(self, cursor: Cursor) -> Page[StoredBatch] | None:
         """Return a page of batches; ``None`` if there is no batch ``cursor.after``."""
-        return await self._database.run(self._store.list, cursor)
+        return await self._database.run(self._seen().list, cursor)
 
     async def cancel(self, batch_id: str) -> StoredBatch:
         """Let a batch end early; what is done by then is in its files.
@@ -102,7 +102,7 @@ class BatchService:
             NotFoundError: There is none of that id.
             InvalidRequestError: It has ended, in another way.
         """
-        batch = await self._database.run(self._store.cancel, batch_id, int(time.time()))
+        batch = await self._database.run(self._seen().cancel, batch_id, int(time.time()))
         if batch is None:
             raise _no_such_batch(batch_id)
         if batch.status in FINAL and batch.status != "cancelled":
@@ -110,6 +110,9 @@ class BatchService:
                 f"Cannot cancel a batch with status '{batch.status}'.", param="batch_id"
             )
         return batch
+
+    def _seen(self) -> BatchStore:
+        return BatchStore(self._database, current_caller.get().sees)
 
 
 def new_batch(wanted: BatchCreate, file_id: str) -> dict[str, Any]:

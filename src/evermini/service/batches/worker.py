@@ -221,6 +221,7 @@ class BatchWorker:
             filename=f"{batch.id}_{what}.jsonl",
             purpose="batch_output",
             seconds=batch.output_seconds,
+            project=batch.project,
         )
 
 

@@ -90,7 +90,8 @@ class FineTuning:
                 "'evermini[tune]'."
             )
         method, options = wanted.method_type, wanted.x_evermini or TuningOptions()
-        base = await self._database.run(self._find_base, wanted.model)
+        caller = current_caller.get()
+        base = await self._database.run(self._find_base, wanted.model, caller.sees)
         await self._check_file(wanted.training_file, "training_file")
         if wanted.validation_file is not None:
             await self._check_file(wanted.validation_file, "validation_file")
@@ -118,7 +119,6 @@ class FineTuning:
         )
         shown = shown_hyperparameters(spec)
         integrations = [one.model_dump(exclude_none=True) for one in wanted.integrations or ()]
-        caller = current_caller.get()
         body = {
             "id": f"ftjob-{random_token(24)}",
             "object": "fine_tuning.job",
@@ -172,13 +172,13 @@ class FineTuning:
         Raises:
             NotFoundError: There is none of that id.
         """
-        return _found(await self._database.run(self._store.get, tuning_id), tuning_id)
+        return _found(await self._database.run(self._seen().get, tuning_id), tuning_id)
 
     async def list(
         self, cursor: Cursor, metadata: Mapping[str, str] | None = None, *, bare: bool = False
     ) -> Page[StoredTuning] | None:
         """Return a page of jobs, as `TuningStore.list` does."""
-        return await self._database.run(self._store.list, cursor, metadata, bare=bare)
+        return await self._database.run(self._seen().list, cursor, metadata, bare=bare)
 
     async def cancel(self, tuning_id: str) -> StoredTuning:
         """End a job; one that is cancelled already stays so.
@@ -188,7 +188,7 @@ class FineTuning:
             InvalidRequestError: It has ended.
         """
         event = new_event("The job was cancelled")
-        found = await self._database.run(self._store.cancel, tuning_id, event)
+        found = await self._database.run(self._seen().cancel, tuning_id, event)
         return self._steered(found, tuning_id, "cancel", ("cancelled",))
 
     async def pause(self, tuning_id: str) -> StoredTuning:
@@ -199,7 +199,7 @@ class FineTuning:
             InvalidRequestError: It has ended, or its files are still being checked.
         """
         event = new_event("The job was paused")
-        found = await self._database.run(self._store.pause, tuning_id, event)
+        found = await self._database.run(self._seen().pause, tuning_id, event)
         return self._steered(found, tuning_id, "pause", ("paused",))
 
     async def resume(self, tuning_id: str) -> StoredTuning:
@@ -210,7 +210,7 @@ class FineTuning:
             InvalidRequestError: It has ended.
         """
         event = new_event("The job was resumed")
-        found = await self._database.run(self._store.resume, tuning_id, event)
+        found = await self._database.run(self._seen().resume, tuning_id, event)
         return self._steered(found, tuning_id, "resume", ("validating_files", "queued", "running"))
 
     async def events(self, tuning_id: str, cursor: Cursor) -> Page[Event] | None:
@@ -220,7 +220,7 @@ class FineTuning:
             NotFoundError: There is no such job.
         """
         await self.get(tuning_id)
-        return await self._database.run(self._store.events, tuning_id, cursor)
+        return await self._database.run(self._seen().events, tuning_id, cursor)
 
     async def checkpoints(self, tuning_id: str, cursor: Cursor) -> Page[TuningCheckpoint] | None:
         """Return a page of a job's checkpoints; ``None`` if there is no checkpoint ``cursor.after``.
@@ -229,7 +229,10 @@ class FineTuning:
             NotFoundError: There is no such job.
         """
         await self.get(tuning_id)
-        return await self._database.run(self._store.checkpoints, tuning_id, cursor)
+        return await self._database.run(self._seen().checkpoints, tuning_id, cursor)
+
+    def _seen(self) -> TuningStore:
+        return TuningStore(self._database, current_caller.get().sees)
 
     def _steered(
         self, found: StoredTuning | None, tuning_id: str, what: str, fine: tuple[str, ...]
@@ -261,10 +264,11 @@ class FineTuning:
             )
         return file
 
-    def _find_base(self, name: str) -> Base:
-        """Return what a job for ``model`` trains on."""
+    def _find_base(self, name: str, project: str | None) -> Base:
+        """Return what a job of a project for ``model`` trains on."""
         adapter = None
-        if name.startswith("ft:") and (found := self._adapters.get(name)) is not None:
+        found = self._adapters.get(name) if name.startswith("ft:") else None
+        if found is not None and found.exists_for(project):
             adapter, name = found.name, found.tier
         names: list[str] = []
         for model in self._settings.models:

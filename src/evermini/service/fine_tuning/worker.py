@@ -290,7 +290,11 @@ class TuningWorker:
     async def _results(self, tuning: StoredTuning) -> StoredFile:
         steps = await self._database.run(self._store.metrics, tuning.id)
         stored = await self._files.make(
-            [_table(steps)], filename="step_metrics.csv", purpose="fine-tune-results", seconds=None
+            [_table(steps)],
+            filename="step_metrics.csv",
+            purpose="fine-tune-results",
+            seconds=None,
+            project=tuning.project,
         )
         assert stored is not None, "the table has a head"
         return stored

@@ -77,14 +77,15 @@ class Background:
 
     async def submit(self, request: ResponseRequest, items: list[Json], body: Json) -> None:
         """Store a new response as queued; it is on the disk when this returns, and soon worked on."""
-        writer = new_writer(body, request)
+        writer, caller = new_writer(body, request), current_caller.get()
         events = [writer.snapshot("response.created"), writer.snapshot("response.queued")]
         stored = StoredResponse(
             body=dict(body),
             items=items,
             request=request.model_dump(by_alias=True, exclude_unset=True),
             is_resumable=bool(request.stream),
-            caller=asdict(current_caller.get()),
+            caller=asdict(caller),
+            project=caller.project,
         )
         shown = events if stored.is_resumable else []
         await self._database.run(self._store.submit, stored, shown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.service.caller import current_caller
 from evermini.service.offload import tokenise
 from evermini.service.responses.items import ITEM_CHARACTERS, Json, parse_items
 from evermini.service.responses.schemas import ContextRequest
@@ -12,12 +13,10 @@ from evermini.storage.responses import ResponseStore
 
 
 class Contexts:
-    """Reads contexts from the database."""
+    """Reads contexts from the database: those that the caller sees."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._responses = ResponseStore(database)
-        self._conversations = ConversationStore(database)
 
     async def items(self, request: ContextRequest) -> list[Json]:
         """Return the request's own input, each item with an id; references are replaced by what they refer to.
@@ -37,10 +36,11 @@ class Contexts:
         Raises:
             NotFoundError: One refers to nothing.
         """
+        responses = ResponseStore(self._database, current_caller.get().sees)
         resolved = []
         for number, item in enumerate(items):
             if item["type"] == "item_reference":
-                found = await self._database.run(self._responses.find_item, item["id"])
+                found = await self._database.run(responses.find_item, item["id"])
                 if found is None:
                     raise NotFoundError(
                         f"Item with id '{item['id']}' not found. Items are kept with stored responses and "
@@ -65,13 +65,15 @@ class Contexts:
         return []
 
     async def _of_conversation(self, conversation_id: str) -> list[Json]:
-        items = await self._database.run(self._conversations.items, conversation_id)
+        conversations = ConversationStore(self._database, current_caller.get().sees)
+        items = await self._database.run(conversations.items, conversation_id)
         if items is None:
             raise no_conversation(conversation_id)
         return items
 
     async def _of_responses(self, last_id: str) -> list[Json]:
-        chain = await self._database.run(self._responses.chain, last_id)
+        responses = ResponseStore(self._database, current_caller.get().sees)
+        chain = await self._database.run(responses.chain, last_id)
         missing = last_id if not chain else chain[0].body["previous_response_id"]
         if missing is not None:
             raise InvalidRequestError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.service.caller import current_caller
 from evermini.service.directory import Directory
 from evermini.service.documents import Documents
 from evermini.service.image_tokens import count_images
@@ -51,7 +52,6 @@ class Responses:
         self._metrics = metrics
         self._documents = documents
         self._database = database
-        self._store = ResponseStore(database)
         self.contexts = Contexts(database)
         self.background = Background(directory, metrics, database, self.contexts, documents, jobs)
 
@@ -69,6 +69,7 @@ class Responses:
             RequestError: The request cannot be served.
             EngineStoppedError: The engine is stopped.
         """
+        project = current_caller.get().project
         served = await self._directory.resolve(request.model)
         items = await self.contexts.items(request)
         context = [*await self.contexts.history(request), *items]
@@ -90,8 +91,9 @@ class Responses:
                 addition = Addition(request.conversation.id, [*items, *body["output"]])
             if request.is_stored:
                 given = request.model_dump(by_alias=True, exclude_unset=True)
-                stored = StoredResponse(dict(body), items, given)
-                await self._database.run(self._store.add, stored, addition=addition)
+                stored = StoredResponse(dict(body), items, given, project=project)
+                store = ResponseStore(self._database)
+                await self._database.run(store.add, stored, addition=addition)
             elif addition is not None:
                 conversations = ConversationStore(self._database)
                 await self._database.run(
@@ -138,7 +140,8 @@ class Responses:
         Raises:
             NotFoundError: There is none of that id.
         """
-        stored = await self._database.run(self._store.get, response_id)
+        seen = ResponseStore(self._database, current_caller.get().sees)
+        stored = await self._database.run(seen.get, response_id)
         if stored is None:
             raise _not_found(response_id)
         return stored
@@ -165,6 +168,7 @@ class Responses:
         Raises:
             NotFoundError: There is none of that id.
         """
+        await self.get(response_id)
         if not await self.background.delete(response_id):
             raise _not_found(response_id)
 
