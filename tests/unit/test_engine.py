@@ -285,6 +285,32 @@ def test_a_long_prompt_among_short_ones_advances_by_half():
     assert outcomes["long"].steps[0] <= 640 // 32
 
 
+def test_prompts_of_a_step_or_less_wait_for_those_before_them_only():
+    """More comes than can be computed, and what is short does not push back what is less short."""
+    engine = make_engine(max_batch_tokens=256, max_num_seqs=200, max_waiting=1000, num_blocks=4096)
+    share = 256 // 4  # of a step, beside streams
+    engine.add("stream", prompt_of(10), greedy(1000))
+    engine.step()
+    arrived: dict[str, tuple[int, int, int]] = {}
+    left: dict[str, int] = {}
+    first: dict[str, int] = {}
+    for step in range(120):
+        for size in (20, 20, 60) if step % 2 else (200,):
+            name = f"{step} {len(arrived)}"
+            arrived[name] = step, size, sum(left.values())
+            left[name] = size
+            engine.add(name, prompt_of(size, len(arrived)), greedy(1))
+        for name, event in engine.step():
+            if isinstance(event, TokenOutput) and name != "stream":
+                del left[name]
+                first[name] = step
+    assert len(first) > 40
+    for name, step in first.items():
+        came, size, before = arrived[name]
+        # All that came before, and twice its own tokens: the oldest gets half of the share at least.
+        assert step - came <= (before + 2 * size) / share + 1, arrived[name]
+
+
 def test_prompts_take_a_quarter_of_the_step_beside_streams():
     model = TinyModel()
     engine = make_engine(model, max_batch_tokens=256)

@@ -23,7 +23,12 @@ _DAY = 86_400
 def create(
     loaded: LoadedSettings,
     name: Annotated[str, typer.Argument(help="What or whom the key is for.")],
-    project: Annotated[str, typer.Option(help="Whose files, batches and so on it sees, and what its tokens are counted for.")] = "default",
+    project: Annotated[
+        str,
+        typer.Option(
+            help="Whose files, batches and so on it sees, and what its tokens are counted for."
+        ),
+    ] = "default",
     scopes: Annotated[
         list[str] | None,
         typer.Option(

@@ -8,8 +8,10 @@ A step computes at most ``max_batch_tokens`` tokens, spent in this order:
 2. *Drafts* of tokens that these requests may write next, as far as their rows are worth the time
    (`evermini.engine.speculation`) and memory is free; nobody is preempted for a guess.
 3. *Prompts*, in chunks. Half of what is left goes to the oldest request, be it running or waiting, the rest to the
-   one with the fewest tokens left, then the next. So a short prompt behind a long one starts at once, and nobody
-   starves: everybody becomes the oldest, and the oldest always advances.
+   one that could be done in the fewest full steps, then the next; of equals, to the older. So a short prompt behind a
+   long one starts at once, and nobody starves: everybody becomes the oldest, and the oldest always advances. Prompts
+   that fit into one step are equals: sorted by their tokens, too, those of 300 waited forty times as long as those of
+   30 under full load, and the mean was the same.
 
 While requests decode, prompts get only a quarter of the step, for a step's length is the time between two tokens of a
 stream (mini on one core: 128 tokens take 0.25 s, at 85 % of the speed of 512, which take 0.9 s).
@@ -214,13 +216,14 @@ class Scheduler:
         ]
 
     def _size(self, sequence: Sequence) -> tuple[int, int]:
-        """Order of the second half of the budget: requests that already streamed, then fewest tokens first."""
+        """Order of the second half of the budget: requests that already streamed, then fewest full steps first."""
         if sequence.preempted and sequence.priority == INTERACTIVE:
-            return 0, sequence.arrival
+            return -1, sequence.arrival
         in_memory = sequence.num_computed
         if not sequence.is_running:
             in_memory = len(self._blocks.match(sequence.shareable)) * BLOCK_SIZE
-        return len(sequence.token_ids) - in_memory, sequence.arrival
+        num_left = len(sequence.token_ids) - in_memory
+        return (num_left - 1) // self._max_batch_tokens, sequence.arrival
 
     def _holds_memory(self, sequence: Sequence) -> bool:
         """Return whether ``sequence`` is running, admitting it now if it waits and may."""
