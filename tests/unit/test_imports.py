@@ -77,7 +77,7 @@ ONLY_IN: dict[str, set[str]] = {
     "PIL": {"documents", "vision"},
     "rapidocr": {"vision"},
     "httpcore": {"service"},
-    "transformers": {"tuning"},
+    "transformers": {"tuning", "vision"},
     "openai": set(),
     "opentelemetry": {"service"},
     "matplotlib": {"evals", "tuning"},

@@ -25,6 +25,7 @@ from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
 from evermini.engine.masks import MaskFiller, MaskTimes, PendingMasks
 from evermini.engine.request import (
     INTERACTIVE,
+    Embedded,
     Event,
     Finished,
     FinishReason,
@@ -42,7 +43,7 @@ from evermini.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from evermini.models.batch import BLOCK_SIZE, Adapter, ForwardBatch, Model
+from evermini.models.batch import BLOCK_SIZE, Adapter, EmbeddedRows, ForwardBatch, Model
 from evermini.models.lora import LoraWeights
 
 log = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ class Engine:
         cache_salt: bytes = b"",
         priority: int = INTERACTIVE,
         adapter: LoadedAdapter | None = None,
+        embedded: Embedded | None = None,
     ) -> None:
         """Let a request wait for the next steps.
 
@@ -222,6 +224,7 @@ class Engine:
             cache_salt: Requests with different salts share no KV memory.
             priority: `INTERACTIVE` or `BATCH`.
             adapter: What to compute it with, on top of the model; with another one no KV memory is shared.
+            embedded: The images in the prompt.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -243,12 +246,17 @@ class Engine:
             num_prompt=len(prompt_ids),
             params=params,
             sampler=Sampler(params, seed),
-            chain=PrefixChain(cache_salt, b"" if adapter is None else adapter.key),
+            chain=PrefixChain(
+                cache_salt,
+                b"" if adapter is None else adapter.key,
+                () if embedded is None else embedded.runs,
+            ),
             constraint=None if params.constraint is None else params.constraint.start(),
             drafter=Drafter(token_ids, params.prediction, params.stop_token_ids)
             if self._speculation or params.prediction
             else None,
             adapter=adapter,
+            embedded=embedded,
         )
         self._num_added += 1
         self._sequences[request_id] = sequence
@@ -352,6 +360,8 @@ class Engine:
             block_tables=torch.from_numpy(block_tables),
             logits_rows=torch.tensor(rows, dtype=torch.int64),
             adapters=adapter_rows(chunks, query_start.tolist()),
+            embedded=_embedded_rows(chunks, query_start.tolist()),
+            axes=_axes(chunks),
         )
         with torch.inference_mode():
             if any(chunk.sequence.is_pooling for chunk in chunks):
@@ -493,6 +503,34 @@ def _wanted_rows(chunk: Chunk) -> range:
         return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), end)
     is_drawn = is_last and sequence.params.max_tokens > 0
     return range(end - 1, chunk.context) if is_drawn else range(0)
+
+
+def _embedded_rows(chunks: list[Chunk], starts: abc.Sequence[int]) -> EmbeddedRows | None:
+    """Return the rows that stand for images; chunk ``i`` has the rows ``starts[i]:starts[i + 1]``."""
+    rows: list[Tensor] = []
+    values: list[Tensor] = []
+    for chunk, first in zip(chunks, starts, strict=False):
+        embedded = chunk.sequence.embedded
+        for run in () if embedded is None else embedded.runs:
+            begin, end = max(run.start, chunk.start), min(run.end, chunk.end)
+            if begin < end:
+                rows.append(torch.arange(begin, end) + (first - chunk.start))
+                values.append(run.values[begin - run.start : end - run.start])
+    return EmbeddedRows(torch.cat(rows), torch.cat(values)) if rows else None
+
+
+def _axes(chunks: list[Chunk]) -> Tensor | None:
+    """Return the rows' positions on three axes, if one of them needs that."""
+    found = [chunk.sequence.embedded for chunk in chunks]
+    if all(embedded is None or embedded.axes is None for embedded in found):
+        return None
+    parts = [
+        np.broadcast_to(np.arange(chunk.start, chunk.context), (3, chunk.context - chunk.start))
+        if embedded is None or embedded.axes is None
+        else embedded.positions(chunk.start, chunk.context)
+        for chunk, embedded in zip(chunks, found, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.int64))
 
 
 def _draws(chunk: Chunk) -> bool:

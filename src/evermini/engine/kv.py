@@ -9,7 +9,8 @@
 - a published block is never written again, so sharing needs no copy.
 
 A key is the hash of the parent's key and the block's token ids, and the first parent is the adapter's: equal keys mean
-equal token prefixes under the same adapter, and the keys and values of a token depend on nothing else.
+equal token prefixes under the same adapter, and the keys and values of a token depend on nothing else. Where tokens
+stand for an image, the hash of what they stand for goes in, too: the same image is shared, and no other of its size.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from evermini.engine.request import EmbeddedRun
 from evermini.models.batch import BLOCK_SIZE
 
 Owner = str
@@ -35,10 +37,14 @@ class PrefixChain:
         salt: Who may share the keys and values.
         adapter: Key (at most 64 bytes) of the adapter that they are computed with. Chains that differ in one of the
             two have no key in common.
+        runs: What tokens stand for that have no embedding of their own.
     """
 
-    def __init__(self, salt: bytes = b"", adapter: bytes = b"") -> None:
+    def __init__(
+        self, salt: bytes = b"", adapter: bytes = b"", runs: Sequence[EmbeddedRun] = ()
+    ) -> None:
         self._parent = blake2b(salt, key=adapter, digest_size=_KEY_BYTES).digest()
+        self._runs = runs
         self.keys: list[BlockKey] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -48,6 +54,9 @@ class PrefixChain:
         ):
             digest = blake2b(self._parent, digest_size=_KEY_BYTES)
             digest.update(array("q", token_ids[start : start + BLOCK_SIZE]))
+            for run in self._runs:
+                if run.start < start + BLOCK_SIZE and run.end > start:
+                    digest.update(run.key + (run.start - start).to_bytes(8, signed=True))
             self._parent = digest.digest()
             self.keys.append(self._parent)
 

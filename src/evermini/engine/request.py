@@ -1,10 +1,14 @@
-"""What goes into the engine and what comes out: token ids and numbers, never text."""
+"""What goes into the engine and what comes out: token ids and numbers, never text or images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+import numpy as np
+from torch import Tensor
 
 from evermini.engine.constraint import Constraint
 
@@ -53,6 +57,57 @@ class SamplingParams:
     constraint: Constraint | None = None
     pool: bool = False
     prediction: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class EmbeddedRun:
+    """Neighbouring tokens of a prompt that stand for a part of an image.
+
+    Attributes:
+        start: Position of the first one in the prompt.
+        values: (n, hidden_size) float32 on the CPU, what enters the first layer in their place.
+        key: Hash (32 bytes) of what the values were made from: equal keys mean equal values.
+    """
+
+    start: int
+    values: Tensor
+    key: bytes
+
+    @property
+    def end(self) -> int:
+        """Position after the last one."""
+        return self.start + self.values.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded:
+    """The images in a prompt.
+
+    Attributes:
+        runs: By ascending position, without overlaps.
+        axes: (3, tokens of the prompt) int64, positions in time, height and width, for models that have three axes
+            (M-RoPE); ``None``: positions are numbers. They follow from the tokens and the runs' keys, so equal
+            prefixes have equal ones.
+    """
+
+    runs: tuple[EmbeddedRun, ...]
+    axes: np.ndarray | None = None
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """Return the positions of tokens ``start:stop`` on the three axes, (3, n); the prompt may end before."""
+        assert self.axes is not None, "only for models with three axes"
+        num_prompt = self.axes.shape[1]
+        written = np.arange(max(start, num_prompt), stop) + self._shift
+        return np.concatenate(
+            [self.axes[:, start:stop], np.broadcast_to(written, (3, len(written)))], axis=1
+        )
+
+    @cached_property
+    def _shift(self) -> int:
+        """What is added to a generated token's place in the sequence to get its position."""
+        assert self.axes is not None, "only for models with three axes"
+        num_prompt: int = self.axes.shape[1]
+        return int(self.axes.max()) + 1 - num_prompt
 
 
 @dataclass(frozen=True)

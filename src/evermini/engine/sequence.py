@@ -9,7 +9,7 @@ from torch import Tensor
 from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.constraint import ConstraintState
 from evermini.engine.kv import BlockKey, PrefixChain
-from evermini.engine.request import SamplingParams, TokenLogprob
+from evermini.engine.request import Embedded, SamplingParams, TokenLogprob
 from evermini.engine.sampler import Sampler
 from evermini.engine.speculation import Drafter
 from evermini.models.batch import BLOCK_SIZE
@@ -34,6 +34,8 @@ class Sequence:
         constraint: Where the output stands in its grammar, if it has one.
         chain: Keys of the full blocks of ``token_ids``.
         drafter: Guesses what comes next; ``None``: one token is computed at a time.
+        adapter: What it is computed with, on top of the model.
+        embedded: The images in the prompt.
         is_running: Admitted, so it owns blocks; else it waits.
         num_computed: Tokens whose keys and values are in KV memory.
         cached_tokens: Prompt tokens found in KV memory at the first admission; ``None`` before.
@@ -58,6 +60,7 @@ class Sequence:
     constraint: ConstraintState | None = None
     drafter: Drafter | None = None
     adapter: LoadedAdapter | None = None
+    embedded: Embedded | None = None
     is_running: bool = False
     num_computed: int = 0
     cached_tokens: int | None = None

@@ -27,7 +27,7 @@ from typing import Self
 
 from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.engine import Engine, EngineStats, overloaded
-from evermini.engine.request import INTERACTIVE, Event, Finished, SamplingParams
+from evermini.engine.request import INTERACTIVE, Embedded, Event, Finished, SamplingParams
 from evermini.errors import EngineStoppedError
 from evermini.models.batch import Adapter
 from evermini.models.lora import LoraWeights
@@ -214,6 +214,7 @@ class EngineWorker:
         cache_salt: bytes = b"",
         priority: int = INTERACTIVE,
         adapter: LoadedAdapter | None = None,
+        embedded: Embedded | None = None,
     ) -> Submission:
         """Hand a request to the engine. Never waits.
 
@@ -224,6 +225,7 @@ class EngineWorker:
             cache_salt: Requests with different salts share no KV memory.
             priority: `INTERACTIVE` or `BATCH`.
             adapter: What to compute it with, on top of the model.
+            embedded: The images in the prompt.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -252,6 +254,7 @@ class EngineWorker:
                     cache_salt=cache_salt,
                     priority=priority,
                     adapter=adapter,
+                    embedded=embedded,
                 )
             )
         return submission

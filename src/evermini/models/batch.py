@@ -40,6 +40,19 @@ class AdapterRows:
 
 
 @dataclass(frozen=True)
+class EmbeddedRows:
+    """Rows of a batch that are no tokens' but an image's: they enter the first layer as they are.
+
+    Attributes:
+        rows: (E,) int64, ascending.
+        values: (E, hidden_size) float32.
+    """
+
+    rows: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class ForwardBatch:
     """T new tokens of S sequences, flattened without padding; prefill chunks and decode steps mix freely.
 
@@ -56,6 +69,9 @@ class ForwardBatch:
         logits_rows: (R,) int64, rows whose logits are wanted, ascending.
         adapters: Runs of rows with adapters, each beginning where the one before it ends, the last one at T; rows
             without one come before all of them.
+        embedded: Rows whose token has no embedding of its own.
+        axes: (3, T) int64, positions of the rows for RoPE, where the model has three axes and a row needs them;
+            ``None``: ``positions`` on all axes.
     """
 
     token_ids: Tensor
@@ -66,9 +82,14 @@ class ForwardBatch:
     block_tables: Tensor
     logits_rows: Tensor
     adapters: tuple[AdapterRows, ...] = ()
+    embedded: EmbeddedRows | None = None
+    axes: Tensor | None = None
 
     def to(self, device: torch.device) -> ForwardBatch:
         """Return the batch on ``device``."""
+        embedded = self.embedded
+        if embedded is not None:
+            embedded = EmbeddedRows(embedded.rows.to(device), embedded.values.to(device))
         return ForwardBatch(
             self.token_ids.to(device),
             self.positions.to(device),
@@ -78,6 +99,8 @@ class ForwardBatch:
             self.block_tables.to(device),
             self.logits_rows.to(device),
             self.adapters,
+            embedded,
+            None if self.axes is None else self.axes.to(device),
         )
 
 

@@ -41,6 +41,7 @@ class TokenizerSource:
         chat_template: The Jinja chat template, if the checkpoint has one.
         eos_ids: End-of-generation ids named outside the tokenizer (``config.json``, ``generation_config.json``).
         vocab_size: Rows of the embedding; ids at or above it do not exist.
+        takes_parts: The chat template takes a message's content as parts, as those of vision-language models do.
     """
 
     format: Literal["gguf", "huggingface"]
@@ -49,6 +50,22 @@ class TokenizerSource:
     chat_template: str | None
     eos_ids: tuple[int, ...]
     vocab_size: int
+    takes_parts: bool = False
+
+
+@dataclass(frozen=True)
+class VisionSource:
+    """What a vision-language checkpoint says about its vision tower; `evermini.vision.tower` makes it.
+
+    Attributes:
+        family: Which family's conventions apply.
+        image_token_id: Token that stands in a prompt for a row of an image.
+        shapes: Name and shape of each parameter, as the family's modules in `transformers` name them.
+    """
+
+    family: Literal["qwen2_5_vl", "idefics3"]
+    image_token_id: int
+    shapes: Mapping[str, Shape]
 
 
 class Checkpoint(ABC):
@@ -56,15 +73,17 @@ class Checkpoint(ABC):
 
     Attributes:
         path: The GGUF file (the first of a split one) or the safetensors folder.
-        config: The model's shape.
+        config: The shape of the model, of a vision-language checkpoint that of the language model.
         shapes: Name and shape of each parameter: exactly those its ``config`` calls for.
         tokenizer: Its tokenizer, unparsed.
+        vision: Its vision tower, if it has one.
     """
 
     path: Path
     config: ModelConfig
     shapes: dict[str, Shape]
     tokenizer: TokenizerSource
+    vision: VisionSource | None = None
 
     def names(self) -> set[str]:
         """Return the names of this model's parameters."""
@@ -88,6 +107,15 @@ class Checkpoint(ABC):
     @abstractmethod
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows ``start:stop`` of one parameter, as `tensor` does; keeps the peak low for a large embedding."""
+
+    def vision_tensor(self, name: str) -> Tensor:
+        """Read one parameter of the vision tower, as `tensor` does.
+
+        Raises:
+            KeyError: There is no such parameter.
+            DamagedCheckpointError: The file changed or cannot be read any more.
+        """
+        raise KeyError(name)
 
     @abstractmethod
     def weight_files(self) -> list[Path]:

@@ -29,6 +29,8 @@ class ModelConfig:
         output_bias: o_proj has a bias too (Llama checkpoints with ``attention_bias``).
         qk_norm: RMSNorm on each query and key head before RoPE (Qwen3).
         rope_scaling: ``None`` or the Hugging Face dict (``llama3`` and ``linear`` are supported).
+        rope_sections: Of a model whose positions have three axes (M-RoPE): how many neighbouring dimension pairs of a
+            head turn by each axis in turn; their sum is ``head_dim / 2``. Empty: positions are numbers.
     """
 
     family: Family
@@ -47,3 +49,4 @@ class ModelConfig:
     output_bias: bool = False
     qk_norm: bool = False
     rope_scaling: dict[str, Any] | None = None
+    rope_sections: tuple[int, ...] = ()

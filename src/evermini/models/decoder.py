@@ -19,7 +19,7 @@ from evermini.models.config import ModelConfig
 from evermini.models.lora import LoraWeights
 from evermini.models.quantize import quantize_activations, quantize_weight
 from evermini.models.rms_norm import rms_norm
-from evermini.models.rope import apply_rope, rope_tables
+from evermini.models.rope import apply_rope, rope_tables, section_tables
 from evermini.models.torch_lora import AdapterStack, BoundAdapters, TorchAdapter
 
 LinearOp = Callable[[Tensor], Tensor]
@@ -197,9 +197,11 @@ class Decoder:
     def _last_layer(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return (T, hidden_size) after the last layer."""
         hidden = F.embedding(batch.token_ids, self.embedding)
-        adapters = self._bind(batch)
+        if batch.embedded is not None:
+            hidden[batch.embedded.rows] = batch.embedded.values.to(hidden.dtype)
+        adapters, turns = self._bind(batch), self._turns(batch)
         for index in range(self.config.num_layers):
-            hidden = self.run_layer(index, hidden, batch, kv, adapters)
+            hidden = self.run_layer(index, hidden, batch, kv, turns, adapters)
         return hidden
 
     def _bind(self, batch: ForwardBatch) -> BoundAdapters | None:
@@ -215,6 +217,12 @@ class Decoder:
             self._stack = AdapterStack(wanted)
         return self._stack.bind(batch.adapters, batch.token_ids.shape[0])
 
+    def _turns(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of each row's rotation, (T, head_dim / 2)."""
+        if batch.axes is not None:
+            return section_tables(self.config, self.cos, self.sin, batch.axes)
+        return self.cos[batch.positions], self.sin[batch.positions]
+
     def _logits(self, normed: Tensor) -> Tensor:
         return self.head(normed).float().cpu()
 
@@ -224,13 +232,16 @@ class Decoder:
         hidden: Tensor,
         batch: ForwardBatch,
         kv: KVCache,
+        turns: tuple[Tensor, Tensor],
         adapters: BoundAdapters | None = None,
     ) -> Tensor:
-        """Return ``hidden`` (T, hidden_size) after layer ``index``; its keys and values go to ``kv``."""
+        """Return ``hidden`` (T, hidden_size) after layer ``index``; its keys and values go to ``kv``.
+
+        ``turns`` are the cosines and sines of the rows' rotations.
+        """
         config, layer = self.config, self.layers[index]
         q, k, v = self._project(index, hidden, adapters)
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k = apply_rope(q, *turns), apply_rope(k, *turns)
         blocks, offsets = batch.slots // BLOCK_SIZE, batch.slots % BLOCK_SIZE
         kv.k[index][blocks, :, :, offsets] = k
         kv.v[index][blocks, :, offsets] = v
@@ -268,13 +279,14 @@ class Decoder:
         batch = whole_prompt(token_ids).to(self.device)
         kv = self.new_kv_cache(-(-token_ids.shape[0] // BLOCK_SIZE))
         hidden, last = F.embedding(batch.token_ids, self.embedding), max(layers)
+        turns = self._turns(batch)
         wanted: dict[int, QueriesKeys] = {}
         for index in range(last + 1):
             if index in layers:
                 q, k, _ = self._project(index, hidden)
                 wanted[index] = (q.float().cpu(), k.float().cpu())
             if index < last:
-                hidden = self.run_layer(index, hidden, batch, kv)
+                hidden = self.run_layer(index, hidden, batch, kv, turns)
         return [wanted[index] for index in layers]
 
 

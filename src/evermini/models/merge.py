@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from evermini.errors import AdapterError
+from evermini.errors import AdapterError, UnsupportedArchitectureError
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.models.gguf import hf_name, interleave
@@ -33,10 +33,16 @@ class MergedCheckpoint(Checkpoint):
 
     Raises:
         AdapterError: It does not fit.
+        UnsupportedArchitectureError: The base is a vision-language checkpoint.
     """
 
     def __init__(self, base: Checkpoint, lora: LoraWeights) -> None:
         lora.check(base.config)
+        if base.vision is not None:
+            raise UnsupportedArchitectureError(
+                f"{base.path} is a vision-language checkpoint; merged, it would be its language model alone. Export "
+                "the adapter as peft, and merge it with the tools of transformers."
+            )
         self.path, self.config, self.shapes = base.path, base.config, base.shapes
         self.tokenizer = base.tokenizer
         self._base = base

@@ -24,7 +24,7 @@ from evermini.models.native_lora import LoraBatch, NativeAdapter
 from evermini.models.packed import open_packed
 from evermini.models.quantize import GROUP
 from evermini.models.rms_norm import rms_norm
-from evermini.models.rope import rope_tables
+from evermini.models.rope import rope_tables, section_tables
 
 
 def padded_to(size: int, multiple: int) -> int:
@@ -99,10 +99,7 @@ class NativeDecoder:
             self._weights, "head", config.vocab_size, config.hidden_size, max(bits, 6)
         )
         self._cos, self._sin = rope_tables(config)
-        self._shape = kernels.Shape(
-            config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
-            config.rms_norm_eps, config.head_dim**-0.5, self._cos.data_ptr(), self._sin.data_ptr(),
-        )  # fmt: skip
+        self._shape = self._shape_struct(self._cos, self._sin)
         self._workspace = _Workspace(config, 1)
         self._index_workspace = _Workspace(config, 1)
 
@@ -124,6 +121,14 @@ class NativeDecoder:
             *(linear_struct(weights, prefix + name, n, k, bits) for name, (n, k) in shapes.items()),
             *(None if norm is None else norm.data_ptr() for norm in norms),
         )
+
+    def _shape_struct(self, cos: Tensor, sin: Tensor) -> kernels.Shape:
+        """Describe the model; the tables of rotations, which positions are rows of, must outlive the struct."""
+        config = self.config
+        return kernels.Shape(
+            config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads, config.head_dim,
+            config.rms_norm_eps, config.head_dim**-0.5, cos.data_ptr(), sin.data_ptr(),
+        )  # fmt: skip
 
     def new_kv_cache(self, num_blocks: int) -> KVCache:
         """Allocate float16 KV memory."""
@@ -153,14 +158,23 @@ class NativeDecoder:
     def _last_layer(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Write the batch's keys and values into ``kv``; return (T, hidden_size) after the last layer."""
         hidden = self._weights["embedding"][batch.token_ids].float()
+        if batch.embedded is not None:
+            hidden[batch.embedded.rows] = batch.embedded.values
+        shape = self._shape
+        if batch.axes is not None:
+            # To the kernels a position is a row of the tables: these have a row of its own for each of the batch's.
+            cos, sin = section_tables(self.config, self._cos, self._sin, batch.axes)
+            shape = self._shape_struct(cos, sin)
+            batch = replace(batch, positions=torch.arange(hidden.shape[0]))
         lora = LoraBatch(batch.adapters, self.config.hidden_size) if batch.adapters else None
         pointers = self._batch_struct(batch, lora)
         workspace = self._workspace_for(hidden.shape[0])
-        self._run_layers(0, self.config.num_layers, hidden, pointers, kv, workspace)
+        self._run_layers(shape, 0, self.config.num_layers, hidden, pointers, kv, workspace)
         return hidden
 
     def _run_layers(
         self,
+        shape: kernels.Shape,
         first: int,
         count: int,
         hidden: Tensor,
@@ -171,7 +185,7 @@ class NativeDecoder:
         """Update ``hidden`` (T, hidden_size) in place by ``count`` layers; their keys and values go to ``kv``."""
         pointers = ctypes.c_void_p * count
         self._library.em_layers(
-            ctypes.byref(self._shape), ctypes.byref(self._layers, first * ctypes.sizeof(kernels.Layer)), count,
+            ctypes.byref(shape), ctypes.byref(self._layers, first * ctypes.sizeof(kernels.Layer)), count,
             ctypes.byref(batch), ctypes.byref(workspace.struct), hidden.data_ptr(),
             pointers(*(tensor.data_ptr() for tensor in kv.k[:count])),
             pointers(*(tensor.data_ptr() for tensor in kv.v[:count])),
@@ -197,7 +211,7 @@ class NativeDecoder:
                     ctypes.byref(workspace.struct), hidden.data_ptr(), length,
                 )  # fmt: skip
             else:
-                self._run_layers(index, 1, hidden, pointers, kv, workspace)
+                self._run_layers(self._shape, index, 1, hidden, pointers, kv, workspace)
             if index in layers:
                 qkv = workspace.qkv[:length].view(length, -1, config.head_dim)
                 wanted[index] = (

@@ -48,6 +48,24 @@ def rope_tables(config: ModelConfig, device: torch.device | str = "cpu") -> tupl
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
+def section_tables(
+    config: ModelConfig, cos: Tensor, sin: Tensor, axes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of positions that have three axes (M-RoPE), each (T, head_dim / 2).
+
+    Args:
+        config: The model's shape; its ``rope_sections`` say which dimension pair turns by which axis.
+        cos: From `rope_tables`.
+        sin: From `rope_tables`.
+        axes: (3, T) int64, positions in time, height and width; where all three are the same, plain RoPE comes out.
+    """
+    sections = torch.tensor(config.rope_sections, device=axes.device)
+    axis = torch.repeat_interleave(torch.arange(len(sections), device=axes.device) % 3, sections)
+    pairs = torch.arange(len(axis), device=axes.device)
+    rows = axes[axis].t().contiguous()  # (T, head_dim / 2), and so is what it selects
+    return cos[rows, pairs], sin[rows, pairs]
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x`` (T, heads, head_dim) by the angles ``cos``, ``sin`` (T, head_dim / 2) of its positions."""
     first, second = x.float().chunk(2, -1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -16,6 +18,7 @@ from evermini.models.checkpoint import (
     Checkpoint,
     Shape,
     TokenizerSource,
+    VisionSource,
     as_ids,
     check_config,
     check_parameters,
@@ -31,6 +34,43 @@ _FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+
+
+@dataclass(frozen=True)
+class _VisionFamily:
+    """How a vision-language family is written down.
+
+    Attributes:
+        family: Its conventions.
+        language: The family of its language model.
+        text: Beginnings of the names of the language model's parameters, and what a plain checkpoint has there.
+        vision: The same of the vision tower's; the names that go on after these are the modules' own.
+    """
+
+    family: Literal["qwen2_5_vl", "idefics3"]
+    language: Family
+    text: Mapping[str, str]
+    vision: Mapping[str, str]
+
+
+_IDEFICS = _VisionFamily(
+    "idefics3",
+    "llama",
+    {"model.text_model.": "model.", "lm_head.": "lm_head."},
+    {"model.vision_model.": "vision_model.", "model.connector.": "connector."},
+)
+_VISION_FAMILIES = {
+    # The first of two is how it was published, the other how newer versions of transformers name it.
+    "Qwen2_5_VLForConditionalGeneration": _VisionFamily(
+        "qwen2_5_vl",
+        "qwen2",
+        {"model.language_model.": "model.", "model.": "model.", "lm_head.": "lm_head."},
+        {"visual.": "", "model.visual.": ""},
+    ),
+    "Idefics3ForConditionalGeneration": _IDEFICS,
+    "SmolVLMForConditionalGeneration": _IDEFICS,
+}
+_IMAGE_SETTINGS = ("preprocessor_config.json", "processor_config.json")
 _DTYPES = ("F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 
@@ -44,7 +84,8 @@ class SafetensorsCheckpoint(Checkpoint):
             ``chat_template.jinja``.
 
     Raises:
-        UnsupportedArchitectureError: Not a dense Llama, Qwen2 or Qwen3 model, or with an unsupported option.
+        UnsupportedArchitectureError: Not a dense Llama, Qwen2 or Qwen3 model, nor a Qwen2.5-VL, Idefics3 or SmolVLM
+            one, or with an unsupported option.
         UnsupportedQuantizationError: The weights are quantised.
         DamagedCheckpointError: A file or tensor is missing or unreadable.
     """
@@ -52,37 +93,72 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         raw = read_json(path / "config.json")
-        self._files: dict[str, Path] = {}
+        self._found: dict[str, tuple[Path, str]] = {}
+        self._vision: dict[str, tuple[Path, str]] = {}
         shapes: dict[str, Shape] = {}
+        vision_shapes: dict[str, Shape] = {}
         self.config = _read_config(path, raw)
         check_config(path, self.config)
+        family = _VISION_FAMILIES.get(_architecture(raw))
         for file in _shards(path):
-            for name, shape in _read_directory(file).items():
+            for stored, shape in _read_directory(file).items():
+                name = stored
+                if family is not None:
+                    if (seen := _renamed(stored, family.vision)) is not None:
+                        self._vision[seen], vision_shapes[seen] = (file, stored), shape
+                        continue
+                    name = _renamed(stored, family.text) or stored
                 # Old checkpoints store RoPE's frequencies; a tied lm_head is a copy of the embedding.
                 if name.endswith("rotary_emb.inv_freq"):
                     continue
                 if name == "lm_head.weight" and self.config.tie_embeddings:
                     continue
-                self._files[name], shapes[name] = file, shape
+                self._found[name], shapes[name] = (file, stored), shape
         self.shapes = check_parameters(path, self.config, shapes)
         self.tokenizer = _read_tokenizer(path, raw, self.config.vocab_size)
+        if family is not None:
+            self.tokenizer = replace(self.tokenizer, takes_parts=True)
+            image_token_id = _getter(path, raw)("image_token_id", int)
+            self.vision = VisionSource(family.family, image_token_id, vision_shapes)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows ``start:stop`` of one parameter; see `Checkpoint.rows`."""
-        import torch
+        return _read(*self._found[name], slice(start, stop))
 
-        file = self._files[name]
-        try:
-            with safe_open(file, framework="pt") as handle:
-                values: Tensor = handle.get_slice(name)[start:stop]
-        except (OSError, SafetensorError) as error:
-            raise _damaged(file, error) from error
-        # A copy: slices of float32 files are views of the mapping.
-        return values.to(torch.float32, copy=True).contiguous()
+    def vision_tensor(self, name: str) -> Tensor:
+        """Read one parameter of the vision tower; see `Checkpoint.vision_tensor`."""
+        return _read(*self._vision[name], slice(None))
 
     def weight_files(self) -> list[Path]:
-        """Return ``config.json`` (it holds RoPE's settings) and the shards in name order."""
-        return [self.path / "config.json", *sorted(set(self._files.values()))]
+        """Return ``config.json`` (it holds RoPE's settings), how images are prepared, and the shards in name order."""
+        shards = {file for file, _ in (*self._found.values(), *self._vision.values())}
+        images = [self.path / name for name in _IMAGE_SETTINGS if self._vision]
+        return [self.path / "config.json", *(f for f in images if f.is_file()), *sorted(shards)]
+
+
+def _read(file: Path, name: str, rows: slice) -> Tensor:
+    import torch
+
+    try:
+        with safe_open(file, framework="pt") as handle:
+            values: Tensor = handle.get_slice(name)[rows]
+    except (OSError, SafetensorError) as error:
+        raise _damaged(file, error) from error
+    # A copy: slices of float32 files are views of the mapping.
+    return values.to(torch.float32, copy=True).contiguous()
+
+
+def _renamed(name: str, beginnings: Mapping[str, str]) -> str | None:
+    """Return a name with its beginning replaced; ``None``: it has none of these. The longest one counts."""
+    for beginning in sorted(beginnings, key=len, reverse=True):
+        if name.startswith(beginning):
+            return beginnings[beginning] + name.removeprefix(beginning)
+    return None
+
+
+def _architecture(raw: dict[str, Any]) -> str:
+    architectures: list[str] = raw.get("architectures") or [f"model_type {raw.get('model_type')}"]
+    return architectures[0]
 
 
 def _shards(path: Path) -> list[Path]:
@@ -122,11 +198,13 @@ def _read_directory(file: Path) -> dict[str, Shape]:
 
 
 def _read_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
-    architectures = raw.get("architectures") or [f"model_type {raw.get('model_type')}"]
-    family = _FAMILIES.get(architectures[0])
+    architecture = _architecture(raw)
+    sees = _VISION_FAMILIES.get(architecture)
+    family = _FAMILIES.get(architecture) if sees is None else sees.language
     if family is None:
         raise UnsupportedArchitectureError(
-            f"{path} is a {architectures[0]} model, which is not supported. Supported: {', '.join(_FAMILIES)}."
+            f"{path} is a {architecture} model, which is not supported. "
+            f"Supported: {', '.join((*_FAMILIES, *_VISION_FAMILIES))}."
         )
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
@@ -134,6 +212,8 @@ def _read_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
             f"{path} is quantised with {method}, which cannot be read. "
             "Use the original bf16/fp16/fp32 folder, or a GGUF version of the model."
         )
+    if sees is not None:
+        raw = _language_part(raw)
     _refuse_unsupported_options(path, raw)
     get = _getter(path, raw)
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -158,7 +238,35 @@ def _read_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
         output_bias=llama_bias or (family == "qwen3" and bool(raw.get("attention_bias"))),
         qk_norm=family == "qwen3",
         rope_scaling=_rope_scaling(path, rope),
+        rope_sections=_rope_sections(path, rope, head_dim)
+        if sees is not None and sees.family == "qwen2_5_vl"
+        else (),
     )
+
+
+def _language_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return what a vision-language config.json says of the language model: a part of it, or spread over all of it."""
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        return raw
+    tied = raw.get("tie_word_embeddings") or (
+        raw.get("model_type") == "qwen2_5_vl" and text.get("tie_word_embeddings")
+    )
+    return text | {"tie_word_embeddings": bool(tied)}
+
+
+def _rope_sections(path: Path, rope: dict[str, Any], head_dim: int) -> tuple[int, ...]:
+    sections = rope.get("mrope_section")
+    if not (
+        isinstance(sections, list)
+        and all(isinstance(size, int) and size > 0 for size in sections)
+        and sum(sections) == head_dim // 2
+    ):
+        raise DamagedCheckpointError(
+            f"{path}/config.json: mrope_section is {sections!r}; it must be whole numbers that add up to "
+            f"{head_dim // 2}, half a head. Fetch it again."
+        )
+    return tuple(sections)
 
 
 def _refuse_unsupported_options(path: Path, raw: dict[str, Any]) -> None:
@@ -180,7 +288,7 @@ def _refuse_unsupported_options(path: Path, raw: dict[str, Any]) -> None:
 
 def _rope_scaling(path: Path, rope: dict[str, Any]) -> dict[str, Any] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
+    if kind in ("default", "mrope"):  # the latter is of models whose positions have three axes
         return None
     required = {
         "linear": ("factor",),
@@ -234,12 +342,16 @@ def _read_tokenizer(path: Path, config: dict[str, Any], vocab_size: int) -> Toke
         template = template_file.read_text(encoding="utf-8")
     elif isinstance(template, list):  # several named ones
         template = {item["name"]: item["template"] for item in template}.get("default")
+    elif template is None:  # where older vision-language checkpoints have it
+        template = _read_optional(path / "chat_template.json").get("chat_template")
     return TokenizerSource(
         format="huggingface",
         metadata=settings,
         tokenizer_json=tokenizer_json.read_text(encoding="utf-8"),
         chat_template=template,
-        eos_ids=as_ids(generation.get("eos_token_id")) + as_ids(config.get("eos_token_id")),
+        eos_ids=as_ids(generation.get("eos_token_id"))
+        + as_ids(config.get("eos_token_id"))
+        + as_ids((config.get("text_config") or {}).get("eos_token_id")),
         vocab_size=vocab_size,
     )
 

@@ -7,12 +7,15 @@ contract, an image may name an uploaded file and a file an URL, as in the Respon
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
 from evermini.errors import InvalidRequestError
 from evermini.service.validation import WireModel
+
+if TYPE_CHECKING:
+    from evermini.service.sight import Seen
 
 Detail = Literal["auto", "low", "high", "original"]
 FileId = Annotated[str, Field(min_length=1, max_length=200)]
@@ -61,14 +64,16 @@ class Perceived:
     """What was read of an image or a file.
 
     Attributes:
-        text: What the model is shown in its place.
+        text: What the model is shown in its place; for an image that it looks at itself, `IMAGE_MARK`.
         size: Of an image, its pixels: width and height, upright. ``None`` for a document.
         detail: As the request has it.
+        seen: The image, if the model looks at it itself.
     """
 
     text: str
     size: tuple[int, int] | None = None
     detail: Detail = "auto"
+    seen: Seen | None = None
 
 
 def check_one_source(path: str, sources: dict[str, str | None]) -> None:

@@ -247,7 +247,7 @@ async def start(
         metrics, served.info.id, time.perf_counter() if arrived is None else arrived
     )
     check_output(request)
-    request = await documents.read(request)
+    request = await documents.read(request, served.sight)
     images = await count_images(request, served.info.id, served.count_tokens)
     answer: Answering
     read: Recalled | Swept | None
@@ -264,10 +264,11 @@ async def _start(
     """Tokenise, and hand the request to the engine of this process."""
     bias = request.bias_by_id(served.tokenizer.vocab_size)
     constraint = await constraint_of(request, served.template.tool_format, served.grammars, timer)
-    prompt, read = await make_prompt(served, request, progress)
+    prompt = await make_prompt(served, request, progress)
+    read = prompt.read
     if constraint is None and isinstance(read, Swept) and read.stated is not None:
         constraint = await constrain(served.grammars, read.stated, timer)
-    limit = output_limit(served.worker.max_model_len, len(prompt), request)
+    limit = output_limit(served.worker.max_model_len, len(prompt.token_ids), request)
     prediction: tuple[int, ...] = ()
     if request.prediction is not None:
         prediction = await _tokens(served, request.prediction)
@@ -291,12 +292,13 @@ async def _start(
     generation = Generation(
         served.worker,
         served.tokenizer,
-        [prompt],
+        [prompt.token_ids],
         candidates,
         request.stop or [],
         timer,
         new_parser=new_parser(request, served.template.tool_format),
         lease=await served.lease_adapter(),
+        embedded=prompt.embedded,
     )
     generation.start()
     return EngineAnswer(generation, request.toolset, served.tokenizer), read

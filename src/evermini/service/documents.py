@@ -1,7 +1,7 @@
-"""Images and files of requests to text that any model reads.
+"""Images and files of requests to text that any model reads; images stay images for a model that can see.
 
     documents = Documents.open(settings, files)
-    request = await documents.read(request)         # every image and file part now has its text
+    request = await documents.read(request, sight)  # every image and file part now has its text, or is seen
     document = await documents.document_of(stored)  # what a file part with this file's id shows the model
 
 A document becomes `evermini.service.parts.wrap_document` of its name and text: a long text of that name, which recall
@@ -40,7 +40,9 @@ from evermini.service.files import FileService
 from evermini.service.messages import ContentPart
 from evermini.service.parts import wrap_document
 from evermini.service.schemas import ChatRequest
+from evermini.service.sight import Sight
 from evermini.storage.files import StoredFile
+from evermini.text.chat import IMAGE_MARK
 
 T = TypeVar("T")
 
@@ -110,8 +112,12 @@ class Documents:
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
 
-    async def read(self, request: ChatRequest) -> ChatRequest:
+    async def read(self, request: ChatRequest, sight: Sight | None) -> ChatRequest:
         """Return the request with the text of every image and file in it.
+
+        Args:
+            request: The request.
+            sight: What looks at images for the model that answers; ``None``: it reads text only.
 
         Raises:
             InvalidRequestError: One cannot be read; ``param`` is its path.
@@ -136,7 +142,7 @@ class Documents:
         parts = [list(message.content or ()) for message in request.messages]
         for order, (number, place, part) in enumerate(places, start=1):
             path = f"messages[{number}].content[{place}].{part.type}"
-            perceived = await self._perceive(part, path, order)
+            perceived = await self._perceive(part, path, order, sight)
             parts[number][place] = part.with_perceived(perceived)
         messages = [
             message.model_copy(update={"content": content}) if content else message
@@ -153,7 +159,9 @@ class Documents:
         """
         return await self._document(await self._stored(file, MAX_DOCUMENT_BYTES), file.filename)
 
-    async def _perceive(self, part: ContentPart, path: str, order: int) -> Perceived:
+    async def _perceive(
+        self, part: ContentPart, path: str, order: int, sight: Sight | None
+    ) -> Perceived:
         """Return what a part shows; ``order`` is its number among the request's attachments."""
         source = part.attachment
         field = next(
@@ -164,11 +172,11 @@ class Documents:
         try:
             if isinstance(source, ImageSource):
                 data, _ = await self._bytes(source.url, source.file_id, MAX_IMAGE_BYTES)
-                return await self._image(data, source.detail or "auto", order)
+                return await self._image(data, source.detail or "auto", order, sight)
             assert isinstance(source, FileSource), "of the two kinds"
             data, name = await self._file(source)
             if kind_of(data) == "image":
-                return await self._image(data, "auto", order)
+                return await self._image(data, "auto", order, sight)
             document = await self._document(data, name or f"file {order}")
             return Perceived(wrap_document(document.name, document.text))
         except RequestError as error:
@@ -227,7 +235,12 @@ class Documents:
 
     # What they say
 
-    async def _image(self, data: bytes, detail: Detail, order: int) -> Perceived:
+    async def _image(
+        self, data: bytes, detail: Detail, order: int, sight: Sight | None
+    ) -> Perceived:
+        if sight is not None:
+            seen = await sight.look(data, detail)
+            return Perceived(IMAGE_MARK, seen.size, detail, seen)
         perception = self._needed()
         text, size = await self._in_pool(perception.describe, data, detail)
         return Perceived(mark_image(text, order), size, detail)

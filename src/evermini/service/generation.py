@@ -16,6 +16,7 @@ from evermini.engine.adapters import Lease
 from evermini.engine.request import (
     BATCH,
     INTERACTIVE,
+    Embedded,
     Finished,
     PromptDone,
     SamplingParams,
@@ -89,6 +90,7 @@ class Generation:
             ``stop_token_ids`` end it unseen.
         new_parser: Makes what reads tool calls out of a choice's text; ``None``: all of it is text.
         lease: Of the adapter to run with; released when the generation ends.
+        embedded: The images in the prompt, of which there is one then.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Generation:
         end_ids: frozenset[int] = frozenset(),
         new_parser: Callable[[], CallParser] | None = None,
         lease: Lease | None = None,
+        embedded: Embedded | None = None,
     ) -> None:
         self.prompts = prompts
         self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
@@ -114,6 +117,7 @@ class Generation:
         self._end_ids = end_ids
         self._new_parser = new_parser
         self._lease = lease
+        self._embedded = embedded
         self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._submissions: dict[int, Submission] = {}
@@ -203,7 +207,11 @@ class Generation:
         priority = BATCH if current_caller.get().is_batch else INTERACTIVE
         adapter = None if self._lease is None else self._lease.adapter
         submission = self._worker.submit(
-            prompt, candidate.params, priority=priority, adapter=adapter
+            prompt,
+            candidate.params,
+            priority=priority,
+            adapter=adapter,
+            embedded=self._embedded,
         )
         self._submissions[candidate.index] = submission
         return submission

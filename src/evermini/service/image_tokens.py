@@ -66,8 +66,9 @@ async def count_images(
     ]
     if not seen:
         return ImageTokens()
-    size = sum(len(perceived.text) for perceived in seen)
-    read = await tokenise(size, lambda: sum(count(perceived.text) for perceived in seen))
+    texts = [perceived.text for perceived in seen if perceived.seen is None]
+    read = await tokenise(sum(map(len, texts)), lambda: sum(map(count, texts)))
+    read += sum(len(perceived.seen.token_ids) for perceived in seen if perceived.seen is not None)
     return ImageTokens(sum(_cost(perceived, model) for perceived in seen), read)
 
 

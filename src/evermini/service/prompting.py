@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from evermini.errors import UnsupportedParameterError
+from evermini.engine.request import Embedded
+from evermini.errors import ContextLengthError, UnsupportedParameterError
 from evermini.recall.scope import needs_whole
 from evermini.service import tracing
 from evermini.service.assembly import least_room
@@ -14,6 +15,7 @@ from evermini.service.reading import OnProgress, Recalled
 from evermini.service.rendering import encode
 from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest
+from evermini.service.sight import Place, Seen, Sight, place
 from evermini.service.sweep import Sweep, Swept
 from evermini.service.tally import tally_of
 from evermini.service.upstream.model import UpstreamModel
@@ -22,10 +24,30 @@ _SURELY_LONG = 8
 """With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine computes.
+
+    Attributes:
+        token_ids: The prompt.
+        read: How it was made, if it is not all that was sent.
+        embedded: The images in it.
+    """
+
+    token_ids: Sequence[int]
+    read: Recalled | Swept | None = None
+    embedded: Embedded | None = None
+
+
 async def make_prompt(
     served: ServedModel, request: ChatRequest, progress: OnProgress | None
-) -> tuple[Sequence[int], Recalled | Swept | None]:
-    """Return what the engine computes and, if that is not all that was sent, how it was made."""
+) -> Prompt:
+    """Return what the engine computes for a conversation.
+
+    Raises:
+        ContextLengthError: What must be read whole does not fit.
+        UnsupportedParameterError: It is to be read in a way that this model, or a conversation with images, cannot be.
+    """
     window, reader = served.worker.max_model_len, served.reader
     if reader is None and request.reading in ("recall", "sweep"):
         raise UnsupportedParameterError(
@@ -33,24 +55,26 @@ async def make_prompt(
             "'recall' on.",
             param="x_evermini.reading",
         )
+    if _seen(request):
+        return await _prompt_with_images(served, request)
     if reader is None or request.reading == "dense":
-        return await whole_prompt(served, request), None
+        return Prompt(await whole_prompt(served, request))
     num_characters = sum(len(message.text()) for message in request.messages)
     prompt: Sequence[int] | None = None
     if request.reading == "auto" and num_characters <= _SURELY_LONG * window:
         prompt = await whole_prompt(served, request)
         if len(prompt) + (request.max_output or least_room(window)) <= window:
-            return prompt, None
+            return Prompt(prompt)
     plan = await reader.plan(request, window=window)
     if plan is None:
-        return await whole_prompt(served, request) if prompt is None else prompt, None
+        return Prompt(await whole_prompt(served, request) if prompt is None else prompt)
     is_tally = tally_of(plan.question) is not None
     about_all = request.reading == "auto" and (is_tally or needs_whole(plan.question))
     takes_long = plan.full_tokens > reader.sweep_limit and not is_tally
     if request.reading == "sweep" or (about_all and not takes_long):
         with tracing.span("evermini.read", {"evermini.reading": "sweep"}):
             swept = await Sweep(served, request, plan, progress).run()
-        return swept.prompt, swept
+        return Prompt(swept.prompt, swept)
     with tracing.span("evermini.read", {"evermini.reading": "recall"}) as span:
         recalled = await reader.read(request, plan, progress)
         if span is not None:
@@ -59,7 +83,47 @@ async def make_prompt(
             span.set_attribute("gen_ai.usage.cached_tokens", recalled.cached_tokens)
     if about_all:
         recalled = replace(recalled, note=_too_long(plan.full_tokens, reader.sweep_limit))
-    return recalled.prompt, recalled
+    return Prompt(recalled.prompt, recalled)
+
+
+async def _prompt_with_images(served: ServedModel, request: ChatRequest) -> Prompt:
+    """Return the conversation with its images embedded; it must fit, for recall finds passages of text only."""
+    assert served.sight is not None, "without sight, images are text"
+    if request.reading in ("recall", "sweep"):
+        raise UnsupportedParameterError(
+            "A conversation with images that the model looks at is read whole. Set x_evermini.reading to 'auto' or "
+            "'dense', or leave the images out.",
+            param="x_evermini.reading",
+        )
+    token_ids, places = await _placed(served, served.sight, request)
+    window, images = served.worker.max_model_len, sum(len(at.image.token_ids) for at in places)
+    needed = len(token_ids) + (1 if request.max_output is None else request.max_output)
+    if needed > window:  # found out before the images are computed
+        raise ContextLengthError(
+            f"This model's maximum context length is {window} tokens. However, you requested {needed} tokens "
+            f"({images} in the images, {len(token_ids) - images} in the rest of the messages, "
+            f"{needed - len(token_ids)} in the completion). A conversation with images is read whole: please reduce "
+            "its length, send fewer images, or send them with detail 'low'.",
+            param="messages",
+        )
+    return Prompt(token_ids, None, await served.sight.embed(token_ids, places))
+
+
+def _seen(request: ChatRequest) -> list[Seen]:
+    """Return the images that the model looks at, in order."""
+    return [
+        part.perceived.seen
+        for message in request.messages
+        for part in message.content or ()
+        if part.perceived is not None and part.perceived.seen is not None
+    ]
+
+
+async def _placed(
+    served: ServedModel, sight: Sight, request: ChatRequest
+) -> tuple[list[int], list[Place]]:
+    """Return the conversation as token ids, and where its images are."""
+    return place(await whole_prompt(served, request), sight.image_token_id, _seen(request))
 
 
 def _too_long(num_tokens: int, limit: int) -> str:
@@ -70,7 +134,7 @@ def _too_long(num_tokens: int, limit: int) -> str:
 
 
 async def whole_prompt(served: ServedModel, request: ChatRequest) -> Sequence[int]:
-    """Return the conversation as token ids, whatever its length."""
+    """Return the conversation as token ids, whatever its length; an image is one token."""
     texts = [message.text() for message in request.messages]
     return await tokenise(sum(map(len, texts)), encode, served.template, request, texts)
 
@@ -82,6 +146,8 @@ async def count_tokens(served: Served, request: ChatRequest) -> int:
         UnsupportedParameterError: Nothing counts tokens: another engine runs the model, and recall is off.
     """
     if not isinstance(served, UpstreamModel):
+        if served.sight is not None:
+            return len((await _placed(served, served.sight, request))[0])
         return len(await whole_prompt(served, request))
     if served.reader is None:
         raise UnsupportedParameterError(

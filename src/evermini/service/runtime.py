@@ -22,6 +22,7 @@ from evermini.engine.worker import EngineWorker
 from evermini.errors import ConfigError, ModelNotFoundError
 from evermini.models.batch import Model
 from evermini.models.config import ModelConfig
+from evermini.models.decoder import Decoder
 from evermini.models.lora import LoraWeights
 from evermini.recall.select import SPARING, Policy
 from evermini.service.loading import load_checkpoint, load_indexer
@@ -29,11 +30,13 @@ from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
 from evermini.service.model_info import ModelInfo, fingerprint, info_of
 from evermini.service.reading import LongReader
+from evermini.service.sight import Sight
 from evermini.service.upstream.load import load_upstream
 from evermini.service.upstream.model import UpstreamModel
 from evermini.text.chat import ChatTemplate
 from evermini.text.grammar import GrammarCompiler
 from evermini.text.tokenizer import Tokenizer
+from evermini.vision.tower import load_tower
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +70,8 @@ class ServedModel:
     """Reads prompts longer than the engine's window; ``None``: they are refused."""
     weights: str = ""
     """Hash of the checkpoint; the same file has the same one everywhere."""
+    sight: Sight | None = None
+    """Looks at images; ``None``: it reads text only."""
     adapters: AdapterCache = field(default_factory=lambda: AdapterCache(ADAPTER_MEMORY))
     """Adapters in memory."""
     adapter: AdapterSource | None = None
@@ -106,6 +111,8 @@ class ServedModel:
         self.adapters.close()
         if self.reader is not None:
             self.reader.close()
+        if self.sight is not None:
+            self.sight.close()
         self.worker.stop(timeout)
 
 
@@ -226,11 +233,14 @@ def load_tier(
         ModelNotFoundError: Nothing has that name.
         DownloadError: The weights could not be fetched.
         ModelError: The checkpoint cannot be used.
-        ConfigError: The settings do not fit together or the machine.
+        ConfigError: The settings do not fit together or the machine, or a package that it takes is not installed.
     """
     loaded = load_checkpoint(name_or_path, settings, progress=progress)
     entry, checkpoint, tokenizer = loaded.entry, loaded.checkpoint, loaded.tokenizer
     template = ChatTemplate(tokenizer)
+    device = loaded.model.device if isinstance(loaded.model, Decoder) else "cpu"
+    tower = load_tower(checkpoint, device=device)
+    sight = None if tower is None else Sight(tower, tokenizer)
     worker = start_worker(loaded.model, settings)
     reader = None
     if settings.recall:
@@ -258,6 +268,7 @@ def load_tier(
         GrammarCompiler(tokenizer),
         reader,
         checkpoint.fingerprint,
+        sight,
         AdapterCache(settings.adapter_memory),
     )
 

@@ -3,11 +3,14 @@
 The template is Jinja source from the checkpoint: it runs in a sandbox, with what `transformers` offers templates, so
 that the prompt is the one the model was trained on. What comes from messages is text and nothing but text: a message
 that contains ``<|im_end|>`` reaches the model as those characters (see `evermini.text.guard`).
+
+Templates of vision-language models take a message's content as parts. Until then an image is `IMAGE_MARK` in its text.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
@@ -29,6 +32,9 @@ from evermini.text.tokenizer import Tokenizer
 from evermini.text.tools.formats import choose_format
 
 Message = Mapping[str, Any]
+
+IMAGE_MARK = f"[image {secrets.token_hex(16)}]"
+"""Stands for an image in a message's text; another one in each process, so that no user can write it."""
 
 
 class ChatTemplate:
@@ -168,7 +174,10 @@ class ChatTemplate:
                         "with tool support.",
                         param=f"messages[{index}].tool_calls",
                     )
-        data = {"messages": [_prepare(message) for message in messages], "tools": tools or None}
+        prepared = [_prepare(message) for message in messages]
+        if self._tokenizer.takes_parts:
+            prepared = [message | {"content": _parts(message["content"])} for message in prepared]
+        data = {"messages": prepared, "tools": tools or None}
         plain: dict[str, Any] = _map_strings(data, str)
         return plain
 
@@ -211,6 +220,17 @@ def _prepare(message: Message) -> dict[str, Any]:
             function["arguments"] = parsed if isinstance(parsed, dict) else arguments
         prepared["tool_calls"].append({**call, "function": function})
     return prepared
+
+
+def _parts(text: str | None) -> list[dict[str, str]]:
+    """Return a message's text as parts, its images among them; there is one at least, for templates look at it."""
+    parts: list[dict[str, str]] = []
+    for number, piece in enumerate((text or "").split(IMAGE_MARK)):
+        if number:
+            parts.append({"type": "image"})
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts or [{"type": "text", "text": ""}]
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

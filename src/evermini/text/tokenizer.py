@@ -35,6 +35,7 @@ class Tokenizer:
         special_ids: Control tokens; they carry no text.
         add_bos: Raw prompts begin with the BOS token (chat templates write it themselves).
         chat_template: The model's Jinja template, if it has one.
+        takes_parts: The template takes a message's content as parts, as those of vision-language models do.
         special_texts: Texts of the control tokens, as `split_special` finds them.
         named_tokens: Texts of ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token``, as templates see them.
 
@@ -51,6 +52,7 @@ class Tokenizer:
         self.special_ids = frozenset(vocabulary.special.values())
         self.add_bos = vocabulary.add_bos
         self.chat_template = source.chat_template
+        self.takes_parts = source.takes_parts
         self.named_tokens = vocabulary.named
         # One character alone cannot be told from text.
         self._special = {text: i for text, i in vocabulary.special.items() if len(text) > 1}

@@ -56,6 +56,10 @@ class TokenizerSource(Protocol):
     def vocab_size(self) -> int:
         """Rows of the embedding."""
 
+    @property
+    def takes_parts(self) -> bool:
+        """The chat template takes a message's content as parts."""
+
 
 @dataclass
 class Vocabulary:

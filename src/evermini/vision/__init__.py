@@ -6,6 +6,8 @@
 `images.py` opens what strangers send, `reading.py` recognises text, `layout.py` puts it in order, `classify.py` says
 what a photo may show, `colours.py` which colours it has, `weights.py` where the classifier's weights come from,
 `cache.py` keeps results, `perception.py` writes it all down. They need the extra ``vision``; see `is_installed`.
+
+Models that see have a vision tower instead: `tower.py`, which needs the extra ``vlm``.
 """
 
 from __future__ import annotations

@@ -70,6 +70,11 @@ class UpstreamModel:
         """Whether requests are taken; the engine itself may be away for a while."""
         return not self._is_closed
 
+    @property
+    def sight(self) -> None:
+        """Nothing: its prompts are text."""
+        return None
+
     def count_tokens(self, text: str) -> int:
         """Return how many tokens a plain text has for the model that reads long prompts; without one, a guess."""
         if self.reader is None:

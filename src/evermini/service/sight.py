@@ -1,0 +1,259 @@
+"""Images as a vision-language model reads them: embeddings in the place of tokens, kept by the image's hash.
+
+    seen = await sight.look(data, "auto")             # opened, resized, cut; nothing is computed yet
+    ids, places = place(ids, sight.image_token_id, [seen])    # the prompt with all tokens that each image takes
+    embedded = await sight.embed(ids, places)         # what the engine reads at these tokens
+
+One thread does all of it, so equal images that come at once are computed once. Embeddings are kept in memory, the least
+recently used go first. The engine's prefix cache knows an image by the same hash, so a conversation that goes on finds
+it computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from evermini.engine.request import Embedded, EmbeddedRun
+from evermini.errors import EngineError, EngineStoppedError, InvalidRequestError
+from evermini.service import tracing
+from evermini.service.attachments import Detail
+from evermini.service.image_tokens import LOW_PIXELS, MAX_PATCHES, PATCH
+from evermini.text.tokenizer import Tokenizer
+from evermini.vision.images import open_image, shrunk
+from evermini.vision.tower import TowerInput, VisionTower
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+KEPT_BYTES = 256 << 20
+"""Embeddings, and images that wait to be embedded, in memory: 64 images of 1,000 tokens for a width of 1,024."""
+MAX_PIXELS = MAX_PATCHES * PATCH * PATCH
+"""A larger image is shrunk to so many, as OpenAI's models see it; then the checkpoint's preprocessor has its way."""
+
+
+@dataclass(eq=False)
+class Seen:
+    """An image that a model can be shown.
+
+    Attributes:
+        key: Hash of the image file and of how it is looked at.
+        size: Width and height in pixels, upright, as it was sent.
+        token_ids: What stands in the prompt in its place.
+        grid: Rows and columns of its tokens' positions, for models whose positions have three axes.
+        waiting: What the tower takes, until it was computed.
+        values: (tokens, hidden_size) float32, once it was.
+    """
+
+    key: bytes
+    size: tuple[int, int]
+    token_ids: tuple[int, ...]
+    grid: tuple[int, int] | None
+    waiting: TowerInput | None
+    values: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory it takes."""
+        waiting = 0 if self.waiting is None else self.waiting.num_bytes
+        return waiting + (0 if self.values is None else self.values.nbytes)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image's tokens begin in a prompt."""
+
+    start: int
+    image: Seen
+
+
+class Sight:
+    """Looks at images for one vision-language model.
+
+    Args:
+        tower: The model's vision tower.
+        tokenizer: The model's tokenizer.
+        max_bytes: Memory of what is kept.
+    """
+
+    def __init__(
+        self, tower: VisionTower, tokenizer: Tokenizer, *, max_bytes: int = KEPT_BYTES
+    ) -> None:
+        self.image_token_id = tower.image_token_id
+        self._tower = tower
+        self._tokenizer = tokenizer
+        self._max_bytes = max_bytes
+        self._known: OrderedDict[bytes, Seen] = (
+            OrderedDict()
+        )  # touched by the pool's one thread only
+        self._pool = ThreadPoolExecutor(1, "evermini-sight")
+        self._is_closed = False
+
+    async def look(self, data: bytes, detail: Detail) -> Seen:
+        """Open an image and find out what it takes in a prompt.
+
+        Args:
+            data: The file: PNG, JPEG, WebP or GIF.
+            detail: ``low`` looks at it in 512 pixels; everything else as closely as the model can.
+
+        Raises:
+            InvalidRequestError: It is no image that is taken, damaged, or of a shape that the model cannot look at.
+            EngineStoppedError: This was closed.
+        """
+        return await self._in_pool(self._look, data, detail)
+
+    async def embed(self, token_ids: Sequence[int], places: Sequence[Place]) -> Embedded:
+        """Return what the engine reads where a prompt has images.
+
+        Args:
+            token_ids: The prompt, as `place` returns it.
+            places: Its images, in order.
+
+        Raises:
+            EngineError: The vision tower failed.
+            EngineStoppedError: This was closed.
+        """
+        with tracing.span("evermini.see", {"evermini.images": len(places)}):
+            values = [await self._in_pool(self._values, at.image) for at in places]
+        runs = [
+            run
+            for at, rows in zip(places, values, strict=True)
+            for run in _runs(at, rows, self.image_token_id)
+        ]
+        has_axes = any(at.image.grid is not None for at in places)
+        return Embedded(tuple(runs), axes_of(len(token_ids), places) if has_axes else None)
+
+    def close(self) -> None:
+        """End what runs after the image in work; nothing is accepted any more."""
+        self._is_closed = True
+        self._pool.shutdown(cancel_futures=True)
+
+    def _look(self, data: bytes, detail: Detail) -> Seen:
+        is_low = detail == "low"
+        key = hashlib.sha256(b"low" * is_low + b"\0" + data).digest()
+        if (known := self._known.get(key)) is not None:
+            self._known.move_to_end(key)
+            return known
+        picture = open_image(data)
+        width, height = picture.size
+        fit = min(1.0, math.sqrt(MAX_PIXELS / (width * height)))
+        longest = LOW_PIXELS if is_low else max(1, math.floor(max(width, height) * fit))
+        waiting = self._tower.prepare(shrunk(picture.image, longest))
+        token_ids = tuple(self._ids(waiting.segments))
+        seen = Seen(key, picture.size, token_ids, waiting.grid, waiting)
+        self._known[key] = seen
+        self._trim()
+        return seen
+
+    def _ids(self, segments: Sequence[str | int]) -> list[int]:
+        split = self._tokenizer.split_special
+        parts = (p for s in segments for p in ([s] if isinstance(s, int) else split(s)))
+        return self._tokenizer.encode_segments(("", *parts))
+
+    def _values(self, seen: Seen) -> Tensor:
+        """Return an image's embeddings, computed at most once."""
+        if seen.values is None:
+            assert seen.waiting is not None, "what is not computed waits"
+            try:
+                seen.values = self._tower.encode(seen.waiting)
+            except RuntimeError as error:
+                raise EngineError(
+                    f"The model failed while looking at an image ({error}). The server goes on; send the request "
+                    "again, or a smaller image if memory ran out."
+                ) from error
+            seen.waiting = None
+            self._trim()
+        return seen.values
+
+    def _trim(self) -> None:
+        size = sum(seen.num_bytes for seen in self._known.values())
+        while size > self._max_bytes:
+            _, oldest = self._known.popitem(last=False)
+            size -= oldest.num_bytes
+
+    async def _in_pool(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if self._is_closed:
+            raise EngineStoppedError("The server is shutting down. Try another server, or later.")
+        call = partial(work, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+
+def place(
+    token_ids: Sequence[int], image_token_id: int, images: Sequence[Seen]
+) -> tuple[list[int], list[Place]]:
+    """Return a prompt with all tokens that its images take, and where each begins.
+
+    Args:
+        token_ids: The prompt as the chat template writes it, with one token for each image.
+        image_token_id: That token.
+        images: In their order.
+
+    Raises:
+        InvalidRequestError: The template wrote another number of images.
+    """
+    at = [index for index, token_id in enumerate(token_ids) if token_id == image_token_id]
+    if len(at) != len(images):
+        raise InvalidRequestError(
+            f"This model's chat template shows {len(at)} of the conversation's {len(images)} images. "
+            "Put images into messages of the user.",
+            param="messages",
+        )
+    ids: list[int] = []
+    places: list[Place] = []
+    done = 0
+    for index, image in zip(at, images, strict=True):
+        ids += token_ids[done:index]
+        places.append(Place(len(ids), image))
+        ids += image.token_ids
+        done = index + 1
+    return [*ids, *token_ids[done:]], places
+
+
+def _runs(at: Place, values: Tensor, image_token_id: int) -> list[EmbeddedRun]:
+    """Return an image's rows as runs of neighbouring tokens: one, or one for each tile."""
+    is_row = np.array([0, *(i == image_token_id for i in at.image.token_ids), 0], dtype=np.int8)
+    edges = np.flatnonzero(
+        np.diff(is_row)
+    ).tolist()  # a run's start, its end, the next one's start, ...
+    runs: list[EmbeddedRun] = []
+    used = 0
+    for number, start, end in zip(count(), edges[::2], edges[1::2], strict=False):
+        key = hashlib.sha256(at.image.key + number.to_bytes(4)).digest()
+        runs.append(EmbeddedRun(at.start + start, values[used : used + end - start], key))
+        used += end - start
+    assert used == len(values), f"{len(values)} rows for {used} tokens of an image"
+    return runs
+
+
+def axes_of(num_tokens: int, places: Sequence[Place]) -> np.ndarray:
+    """Return the positions of a prompt on three axes (M-RoPE): time, height and width; (3, num_tokens) int64.
+
+    A text's tokens have the same position on all three. An image's have one in time, and their row and column in its
+    grid, counted from the position of its first token; what follows goes on after the largest.
+    """
+    axes = np.empty((3, num_tokens), np.int64)
+    token = position = 0
+    for at in places:
+        assert at.image.grid is not None, "images of a model with three axes have a grid"
+        rows, columns = at.image.grid
+        text = at.start - token
+        axes[:, token : at.start] = np.arange(position, position + text)
+        position += text
+        end = at.start + rows * columns
+        axes[0, at.start : end] = position
+        axes[1, at.start : end] = position + np.repeat(np.arange(rows), columns)
+        axes[2, at.start : end] = position + np.tile(np.arange(columns), rows)
+        token, position = end, position + max(rows, columns)
+    axes[:, token:] = np.arange(position, position + num_tokens - token)
+    return axes

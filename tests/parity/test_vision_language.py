@@ -1,0 +1,195 @@
+"""Vision-language checkpoints against `transformers`: the same logits, however an image's rows come to be computed."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from evermini.engine.engine import Engine
+from evermini.engine.request import Embedded, SamplingParams
+from evermini.models.batch import BLOCK_SIZE, EmbeddedRows, ForwardBatch, Model
+from evermini.models.checkpoint import Checkpoint, open_checkpoint
+from evermini.models.decoder import Decoder
+from evermini.models.load import load_model
+from evermini.service.sight import Sight, place
+from evermini.text.chat import IMAGE_MARK, ChatTemplate
+from evermini.text.tokenizer import Tokenizer
+from evermini.vision.tower import load_tower
+from tests.batches import make_batch
+from tests.fakes import Outcome
+from tests.images import encoded
+from tests.vlm_checkpoints import FAMILIES, TinyVlm, picture, save_vlm
+
+Prompt = tuple[list[int], Embedded | None]
+WIDE, TALL = picture(1), picture(2, (56, 140))
+TOLERANCE = 1e-3
+CONVERSATIONS: dict[str, list[str | Image.Image]] = {
+    "one": ["What is this?", WIDE],
+    "two": [WIDE, " and then, at some length, so that it crosses a block or two: ", TALL, "Which?"],
+    "none": ["Hello! Nothing to see here."],
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tiny checkpoint as the oracle and as ours."""
+
+    oracle: TinyVlm
+    checkpoint: Checkpoint
+    sight: Sight
+    template: ChatTemplate
+
+    def prompt(self, parts: list[str | Image.Image]) -> Prompt:
+        async def build() -> Prompt:
+            text = "".join(part if isinstance(part, str) else IMAGE_MARK for part in parts)
+            ids = self.template.encode_chat([{"role": "user", "content": text}])
+            images = [encoded(part) for part in parts if isinstance(part, Image.Image)]
+            seen = [await self.sight.look(image, "auto") for image in images]
+            ids, places = place(ids, self.sight.image_token_id, seen)
+            return ids, await self.sight.embed(ids, places) if places else None
+
+        return asyncio.run(build())
+
+    def inputs(self, parts: list[str | Image.Image]) -> dict[str, Any]:
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+            for part in parts
+        ]
+        images = [part for part in parts if isinstance(part, Image.Image)]
+        return self.oracle.inputs([{"role": "user", "content": content}], images)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp(request.param)
+    oracle = save_vlm(request.param, folder)
+    checkpoint = open_checkpoint(folder)
+    tower = load_tower(checkpoint)
+    assert tower is not None
+    tokenizer = Tokenizer(checkpoint.tokenizer)
+    return Loaded(oracle, checkpoint, Sight(tower, tokenizer), ChatTemplate(tokenizer))
+
+
+def whole_batch(ids: list[int], embedded: Embedded | None) -> ForwardBatch:
+    """One sequence at once, with all its logits, built without the engine."""
+    blocks = list(range(-(-len(ids) // BLOCK_SIZE)))
+    batch = make_batch([(ids, 0, blocks)], all_rows=True)
+    if embedded is None:
+        return batch
+    rows = torch.cat([torch.arange(run.start, run.end) for run in embedded.runs])
+    values = torch.cat([run.values for run in embedded.runs])
+    axes = None if embedded.axes is None else torch.from_numpy(embedded.axes)
+    given = {name: getattr(batch, name) for name in ("token_ids", "positions", "slots")}
+    return ForwardBatch(
+        **given,
+        query_start=batch.query_start,
+        context_lens=batch.context_lens,
+        block_tables=batch.block_tables,
+        logits_rows=batch.logits_rows,
+        embedded=EmbeddedRows(rows, values),
+        axes=axes,
+    )
+
+
+def logits_of(model: Model, ids: list[int], embedded: Embedded | None) -> torch.Tensor:
+    return model.forward(whole_batch(ids, embedded), model.new_kv_cache(8))
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_logits_match(loaded: Loaded, name: str) -> None:
+    inputs = loaded.inputs(CONVERSATIONS[name])
+    ids, embedded = loaded.prompt(CONVERSATIONS[name])
+    assert ids == inputs["input_ids"][0].tolist()
+    logits = logits_of(Decoder(loaded.checkpoint), ids, embedded)
+    difference = (logits - loaded.oracle.logits(inputs)).abs().max().item()
+    print(f"{loaded.oracle.family} {name}: {difference:.2e}")
+    assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_native_kernels_follow_the_oracle(loaded: Loaded, name: str) -> None:
+    ids, embedded = loaded.prompt(CONVERSATIONS[name])
+    expected = logits_of(Decoder(loaded.checkpoint), ids, embedded)
+    native = load_model(loaded.checkpoint, device="cpu", precision="int8")
+    logits = logits_of(native, ids, embedded)
+    error = ((logits - expected).norm() / expected.norm()).item()
+    print(f"{loaded.oracle.family} {name}: {error:.3f}")
+    assert error < 0.1  # int8 noise of random weights; a wrong path is off by 1
+
+
+def test_another_image_of_the_same_size_gives_other_logits(loaded: Loaded) -> None:
+    model = Decoder(loaded.checkpoint)
+    ids, embedded = loaded.prompt([WIDE, "What?"])
+    other_ids, other = loaded.prompt([picture(9), "What?"])
+    assert ids == other_ids
+    difference = logits_of(model, ids, embedded)[-1] - logits_of(model, ids, other)[-1]
+    assert difference.abs().max().item() > 100 * TOLERANCE
+
+
+def run(engine: Engine, prompts: dict[str, Prompt], count: int) -> dict[str, Outcome]:
+    outcomes = {name: Outcome() for name in prompts}
+    for name, (ids, embedded) in prompts.items():
+        engine.add(name, ids, SamplingParams(max_tokens=count, temperature=0.0), embedded=embedded)
+    while engine.has_work:
+        for name, event in engine.step():
+            outcomes[name].add(event)
+    engine.check_integrity()
+    return outcomes
+
+
+def engine_of(loaded: Loaded, precision: str, **options: Any) -> Engine:
+    model = load_model(loaded.checkpoint, device="cpu", precision=precision)  # type: ignore[arg-type]
+    limits = {"num_blocks": 32, "max_batch_tokens": 256, "max_num_seqs": 4, "max_waiting": 8}
+    return Engine(model, **{**limits, **options})
+
+
+OPTIONS = {"whole": {}, "chunks": {"max_batch_tokens": 7}, "preempted": {"num_blocks": 13}}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_greedy_answers_match(loaded: Loaded, option: str) -> None:
+    """All conversations in one batch; chunks that cut images; memory for too few of them."""
+    prompts = {name: loaded.prompt(parts) for name, parts in CONVERSATIONS.items()}
+    engine = engine_of(loaded, "fp32", **OPTIONS[option])
+    outcomes = run(engine, prompts, 60)
+    assert (engine.stats().preemptions > 0) == (option == "preempted")
+    for name, parts in CONVERSATIONS.items():
+        assert outcomes[name].tokens == loaded.oracle.greedy(loaded.inputs(parts), 60), name
+
+
+def test_native_answers_do_not_depend_on_batches_or_the_cache(loaded: Loaded) -> None:
+    prompts = {name: loaded.prompt(parts) for name, parts in CONVERSATIONS.items()}
+    alone = {
+        name: run(engine_of(loaded, "int8", max_batch_tokens=11), {name: prompt}, 24)[name].tokens
+        for name, prompt in prompts.items()
+    }
+    engine = engine_of(loaded, "int8")
+    for _ in range(2):  # the second time from the cache
+        outcomes = run(engine, prompts, 24)
+        assert {name: outcome.tokens for name, outcome in outcomes.items()} == alone
+
+
+def test_the_cache_tells_images_apart(loaded: Loaded) -> None:
+    parts: list[str | Image.Image] = [WIDE, " and a text that fills a block of thirty-two tokens."]
+    other: list[str | Image.Image] = [picture(9), *parts[1:]]
+    engine = engine_of(loaded, "fp32")
+    fresh = run(engine, {"a": loaded.prompt(parts)}, 8)["a"]
+    again = run(engine, {"b": loaded.prompt(parts)}, 8)["b"]
+    foreign = run(engine, {"c": loaded.prompt(other)}, 8)["c"]
+    assert fresh.prompt
+    assert again.prompt
+    assert foreign.prompt
+    assert fresh.prompt.cached_tokens == 0
+    assert again.prompt.cached_tokens >= len(loaded.prompt(parts)[0]) - BLOCK_SIZE
+    # What stands before the image is shared (Qwen's system message), and nothing from the image on.
+    embedded = loaded.prompt(other)[1]
+    assert embedded is not None
+    assert foreign.prompt.cached_tokens <= embedded.runs[0].start
+    assert again.tokens == fresh.tokens
+    alone = run(engine_of(loaded, "fp32"), {"d": loaded.prompt(other)}, 8)["d"]
+    assert foreign.tokens == alone.tokens
