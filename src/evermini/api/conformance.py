@@ -7,7 +7,7 @@ length, and use ids that nobody has created. With the option
 - the ids below exist, and again after they were deleted,
 - ``model`` and ``input`` are filled in where a body has none, answers are short unless a length is asked for, and
   ``limit=0`` counts as not given,
-- an upload announced with no bytes has one.
+- an upload announced with no bytes has one, and the MD5 checksum "md5" stands for the right one.
 
 Nothing else is different: what the server does not support is refused as ever.
 """
@@ -15,6 +15,7 @@ Nothing else is different: what the server does not support is refused as ever.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Mapping
 from urllib.parse import parse_qsl, urlencode
@@ -44,18 +45,25 @@ COMPLETIONS = ("completion_id", "after")
 CONVERSATION = "conv_123"
 FINE_TUNED = "ft:gpt-4o-mini:acemeco:suffix:abc123"
 ITEMS = ("msg_abc", "after")
-FILES = {"file_id": "assistants", "input_file_id": "batch", "after": "assistants"}
-"""Id -> purpose."""
-BATCHES = ("batch_id", "after")
+FILES = {
+    "file_id": "assistants",
+    "input_file_id": "batch",
+    "after": "assistants",
+    "string": "batch",
+}
+"""Id -> purpose. Clients before 3.0 call most things ``string``."""
+BATCHES = ("batch_id", "after", "string")
 UPLOAD = "upload_abc123"
 PART = "string"
 
+_DATA = b"Example data"
 _USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
 _DEFAULTS: Mapping[str, Json] = {
     "/v1/chat/completions": {"max_completion_tokens": 16},
     "/v1/responses": {"model": "model", "input": "string", "max_output_tokens": 16},
     "/v1/responses/input_tokens": {"model": "model", "input": "string"},
     "/v1/uploads": {},
+    f"/v1/uploads/{UPLOAD}/complete": {},
 }
 
 
@@ -101,6 +109,8 @@ async def _with_defaults(receive: Receive, defaults: Json) -> Receive:
         defaults = {}
     if given.get("bytes") == 0:
         given["bytes"] = 1
+    if given.get("md5") == "md5":
+        given["md5"] = hashlib.md5(_DATA, usedforsecurity=False).hexdigest()
     body = to_json({**defaults, **given})
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -144,7 +154,7 @@ def seed(database: Database, blobs: BlobStore) -> None:
 
 def _piece(blobs: BlobStore) -> Piece:
     writer = blobs.create()
-    writer.write(b"Example data")
+    writer.write(_DATA)
     writer.close()
     return Piece(writer.name, writer.num_bytes)
 

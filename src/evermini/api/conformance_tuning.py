@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-from evermini.service.fine_tuning.service import new_event
 from evermini.storage.database import Database
 from evermini.storage.files import FileStore, StoredFile
 from evermini.storage.fine_tuning import Event, StoredTuning, TuningCheckpoint, TuningStore
 
 FILE = "file-abc123"
-JOBS = ("after", "ft-AF1WoRqd3aJAHsqc9NY7iL8F")
-_EVENT = "after"
+JOBS = ("after", "string", "ft-AF1WoRqd3aJAHsqc9NY7iL8F")
+_EVENTS = ("after", "string")
+"""And its checkpoints."""
 
 
 def seed_tunings(database: Database) -> None:
@@ -23,13 +23,17 @@ def seed_tunings(database: Database) -> None:
         known = store.get(tuning_id)
         if known is None or known.status != "queued":
             is_asked_for = tuning_id == JOBS[-1]
-            event = Event(_EVENT, now, "Created fine-tuning job") if is_asked_for else new_event("")
-            checkpoint = TuningCheckpoint(_EVENT, 1, now, "ft:model:personal::id:ckpt-step-1", {})
+            message = "Created fine-tuning job"
             store.restore(
                 StoredTuning(_body(tuning_id, now), {}),
-                [event],
-                [checkpoint] if is_asked_for else [],
+                [Event(name, now, message) for name in _EVENTS] if is_asked_for else [],
+                [_checkpoint(step, now) for step in range(2)] if is_asked_for else [],
             )
+
+
+def _checkpoint(step: int, now: int) -> TuningCheckpoint:
+    name = f"ft:model:personal::id:ckpt-step-{step}"
+    return TuningCheckpoint(_EVENTS[step], step, now, name, {})
 
 
 def _body(tuning_id: str, now: int) -> dict[str, object]:

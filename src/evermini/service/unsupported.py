@@ -15,7 +15,7 @@ CHAT_UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": (),
     "modalities": (["text"],),
     "moderation": (),
-    "prompt_cache_options": (),
+    "prompt_cache_options": ({"mode": "implicit"},),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),

@@ -35,7 +35,7 @@ _UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "moderation": (),
     "personality": (),
     "prompt": (),
-    "prompt_cache_options": (),
+    "prompt_cache_options": ({"mode": "implicit"},),
     "reasoning": (
         {},
         {"effort": None, "summary": None},
