@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from evermini.service.adapters import AdapterStore
 from evermini.service.metering import FLUSH_SECONDS
 from evermini.service.prices import price_of
 from evermini.service.runtime import Runtime, ServedModel
+from evermini.storage.adapters import AdapterRow
 from evermini.storage.database import Database
+from evermini.storage.fine_tuning import StoredTuning, TuningStore
 from evermini.storage.keys import KeyStore
 from evermini.storage.usage import UsageStore
 from tests.adapters import write_adapter
@@ -298,3 +301,121 @@ def test_adapters_come_and_go_under_load(
         assert cache.num_loads > 5
         assert 0 < cache.num_bytes <= cache.max_bytes
     cache.close()
+
+
+class TestPermissions:
+    """A model that a project trained: others find it once it is shared with them."""
+
+    @pytest.fixture
+    def keys(self, database: Database, store: AdapterStore) -> dict[str, str]:
+        """Keys of three projects and an administrator; the first has trained the model FIRST."""
+        secrets = {}
+        for project in ("red", "green", "blue", "admin"):
+            scopes = ["admin"] if project == "admin" else ["inference", "files"]
+            secret, key = new_key("test", project=project, scopes=scopes)
+            KeyStore(database).add(key)
+            secrets[project] = secret
+            if project == "red":
+                trained(database, FIRST, key.id, project)
+        return secrets
+
+    @pytest.fixture
+    def stack(self) -> Iterator[ExitStack]:
+        with ExitStack() as stack:
+            yield stack
+
+    def test_a_model_is_found_where_it_was_trained_or_shared(
+        self, url: str, keys: dict[str, str], stack: ExitStack
+    ) -> None:
+        red, green, blue, admin = (
+            stack.enter_context(make_client(url, api_key=key)) for key in keys.values()
+        )
+        permissions = admin.fine_tuning.checkpoints.permissions
+        assert text_of(ask(red, FIRST))
+        assert {text_of(ask(client, SECOND)) for client in (red, green)}
+        for client in (green, blue):
+            with pytest.raises(openai.NotFoundError, match="do not have access") as failed:
+                ask(client, FIRST)
+            assert_error(failed.value.response, 404)
+            assert FIRST not in {model.id for model in client.models.list()}
+        (made,) = permissions.create(FIRST, project_ids=["green", "green"]).data
+        assert (made.object, made.project_id) == ("checkpoint.permission", "green")
+        assert text_of(ask(green, FIRST)) == text_of(ask(red, FIRST))
+        assert FIRST in {model.id for model in green.models.list()}
+        with pytest.raises(openai.NotFoundError):
+            ask(blue, FIRST)
+        with pytest.raises(openai.NotFoundError):
+            green.models.delete(FIRST)
+        (again,) = permissions.create(FIRST, project_ids=["green"]).data
+        assert again == made
+        gone = permissions.delete(made.id, fine_tuned_model_checkpoint=FIRST)
+        assert (gone.id, gone.deleted) == (made.id, True)
+        with pytest.raises(openai.NotFoundError):
+            ask(green, FIRST)
+        assert red.models.delete(FIRST).deleted
+
+    def test_an_alias_does_not_lead_around_it(
+        self, url: str, keys: dict[str, str], store: AdapterStore
+    ) -> None:
+        store.set_alias("support", FIRST)
+        with make_client(url, api_key=keys["red"]) as client:
+            assert text_of(ask(client, "support"))
+        with make_client(url, api_key=keys["blue"]) as client:
+            with pytest.raises(openai.NotFoundError):
+                ask(client, "support")
+            assert "support" not in {model.id for model in client.models.list()}
+
+    def test_nor_does_training_on_it(self, url: str, keys: dict[str, str]) -> None:
+        with (
+            make_client(url, api_key=keys["blue"]) as client,
+            pytest.raises(openai.BadRequestError, match="not available for fine-tuning"),
+        ):
+            client.fine_tuning.jobs.create(model=FIRST, training_file="file-1")
+
+    def test_pages_and_projects(self, url: str, keys: dict[str, str]) -> None:
+        with make_client(url, api_key=keys["admin"]) as admin:
+            permissions = admin.fine_tuning.checkpoints.permissions
+            projects = [f"p{number}" for number in range(5)]
+            permissions.create(FIRST, project_ids=projects)
+            found = [one.project_id for one in permissions.list(FIRST, limit=2)]
+            assert found == projects[::-1]
+            page = permissions.list(FIRST, limit=2, order="ascending")
+            assert ([one.project_id for one in page.data], page.has_more) == (["p0", "p1"], True)
+            (one,) = permissions.list(FIRST, project_id="p3").data
+            assert one.project_id == "p3"
+
+    def test_refusals(self, url: str, keys: dict[str, str]) -> None:
+        with (
+            make_client(url, api_key=keys["red"]) as red,
+            pytest.raises(openai.PermissionDeniedError, match="Missing scope: admin"),
+        ):
+            red.fine_tuning.checkpoints.permissions.create(FIRST, project_ids=["red"])
+        with make_client(url, api_key=keys["admin"]) as admin:
+            permissions = admin.fine_tuning.checkpoints.permissions
+            with pytest.raises(openai.BadRequestError, match="open to every project"):
+                permissions.create(SECOND, project_ids=["green"])
+            with pytest.raises(openai.NotFoundError, match="not a fine-tuned one"):
+                permissions.create("gpt-4.1-nano", project_ids=["green"])
+            with pytest.raises(openai.BadRequestError) as failed:
+                permissions.create(FIRST, project_ids=[])
+            assert failed.value.param == "project_ids"
+            with pytest.raises(openai.NotFoundError, match="No permission found"):
+                permissions.delete("cp_1", fine_tuned_model_checkpoint=FIRST)
+            with pytest.raises(openai.BadRequestError, match="'ascending' and 'descending'"):
+                permissions.list(FIRST, extra_query={"order": "asc"})
+
+    def test_graders_are_refused(self, url: str, store: AdapterStore) -> None:
+        grader: Any = {"type": "string_check", "name": "n", "operation": "eq", "input": "a"}
+        with make_client(url) as client:
+            with pytest.raises(openai.NotFoundError, match="no graders") as failed:
+                client.fine_tuning.alpha.graders.validate(grader={**grader, "reference": "b"})
+            assert failed.value.code == "unsupported_endpoint"
+
+
+def trained(database: Database, model: str, key_id: str, project: str) -> None:
+    """Make a model that of a job, which was created with a key."""
+    with database.writing() as session:
+        row = session.query(AdapterRow).filter_by(name=model).one()
+        row.job_id = "ftjob-1"
+    body = {"id": "ftjob-1", "status": "succeeded", "metadata": None}
+    TuningStore(database).restore(StoredTuning(body, {}, key_id, project), [], [])

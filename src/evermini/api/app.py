@@ -56,6 +56,7 @@ from evermini.service.fine_tuning.worker import TuningWorker
 from evermini.service.ingests import IngestService
 from evermini.service.jobs import JobRunner
 from evermini.service.metering import Meter
+from evermini.service.permissions import Permissions
 from evermini.service.readiness import Readiness
 from evermini.service.responses.service import Responses
 from evermini.service.runtime import Runtime
@@ -177,6 +178,7 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     )
     jobs.handle(BATCH_JOB, worker, num_slots=NUM_BATCHES)
     jobs.handle(RESPONSE_JOB, service.background, num_slots=settings.max_num_seqs, finishes=True)
+    app.state.permissions = Permissions(database, adapters)
     app.state.fine_tuning = FineTuning(database, app.state.files, adapters, settings)
     tuning = TuningWorker(database, app.state.files, adapters, settings, runtime.metrics.tuning)
     if not settings.conformance_fixtures:  # whose jobs have no real files

@@ -1,9 +1,12 @@
-"""The fine-tuning job that OpenAI's client tests ask for; see `evermini.api.conformance`."""
+"""The fine-tuning jobs and models that OpenAI's client tests ask for; see `evermini.api.conformance`."""
 
 from __future__ import annotations
 
 import time
 
+from sqlalchemy import select
+
+from evermini.storage.adapters import AdapterRow, ModelPermissionRow
 from evermini.storage.database import Database
 from evermini.storage.files import FileStore, StoredFile
 from evermini.storage.fine_tuning import Event, StoredTuning, TuningCheckpoint, TuningStore
@@ -12,6 +15,20 @@ FILE = "file-abc123"
 JOBS = ("after", "string", "ft-AF1WoRqd3aJAHsqc9NY7iL8F")
 _EVENTS = ("after", "string")
 """And its checkpoints."""
+MODELS = (JOBS[-1], "ft:gpt-4o-mini-2024-07-18:org:weather:B7R9VjQd")
+"""What the tests of permissions share; to the first, they give a job's id."""
+PERMISSIONS = ("after", "cp_zc4Q7MP6XxulcVzj4MZdwsAB")
+_ADAPTER = {
+    "tier": "mini",
+    "owner": "org",
+    "rank": 16,
+    "sha256": "",
+    "num_bytes": 0,
+    "base_name": None,
+    "base_weights": None,
+    "job_id": JOBS[-1],
+    "created_at": 0,
+}
 
 
 def seed_tunings(database: Database) -> None:
@@ -29,6 +46,23 @@ def seed_tunings(database: Database) -> None:
                 [Event(name, now, message) for name in _EVENTS] if is_asked_for else [],
                 [_checkpoint(step, now) for step in range(2)] if is_asked_for else [],
             )
+    _seed_permissions(database, now)
+
+
+def _seed_permissions(database: Database, now: int) -> None:
+    """Create the models and, if they were deleted, their permissions."""
+    with database.writing() as session:
+        for model, permission in zip(MODELS, PERMISSIONS, strict=True):
+            row = session.scalar(select(AdapterRow).where(AdapterRow.name == model))
+            if row is None:
+                blobs = {"config_blob": f"{model}/config", "weights_blob": model}
+                row = AdapterRow(**_ADAPTER, **blobs, name=model)
+                session.add(row)
+                session.flush()
+            known = select(ModelPermissionRow).where(ModelPermissionRow.id == permission)
+            if session.scalar(known) is None:
+                shared = {"adapter": row.number, "project": permission, "created_at": now}
+                session.add(ModelPermissionRow(id=permission, **shared))
 
 
 def _checkpoint(step: int, now: int) -> TuningCheckpoint:

@@ -120,19 +120,26 @@ def described(
     return note
 
 
-def cursor(order: Literal["asc", "desc"], limit: int = 20, most: int = 100) -> list[Parameter]:
+def cursor(
+    order: Literal["asc", "desc"],
+    limit: int = 20,
+    most: int = 100,
+    words: tuple[str, str] = ("asc", "desc"),
+) -> list[Parameter]:
     """Return the parameters that choose a page of a list.
 
     Args:
         order: The default order.
         limit: The default length.
         most: The greatest length.
+        words: What the orders are called.
     """
+    usual = words[0] if order == "asc" else words[1]
     length = {"type": "integer", "minimum": 1, "maximum": most, "default": limit}
     return [
         Parameter("after", {"type": "string"}, "The last id of the page before."),
         Parameter("limit", length, "Length of the page."),
-        Parameter("order", {"enum": ["asc", "desc"], "default": order}, "By the time of creation."),
+        Parameter("order", {"enum": [*words], "default": usual}, "By the time of creation."),
     ]
 
 

@@ -1,4 +1,4 @@
-"""``/v1/fine_tuning/jobs``: created, read, listed, steered; their events and checkpoints."""
+"""``/v1/fine_tuning``: jobs, their events and checkpoints, and who may use the models that they make."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from evermini.api.body import read_request
 from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.errors import NotFoundError
 from evermini.service.fine_tuning.schemas import TuningCreate, parse_tuning
 from evermini.service.fine_tuning.service import (
     FineTuning,
@@ -23,17 +24,31 @@ from evermini.service.fine_tuning.service import (
     wire_tuning,
 )
 from evermini.service.jobs import JobRunner
-from evermini.service.shapes import TuningAnswer, TuningCheckpointAnswer, TuningEventAnswer
+from evermini.service.permissions import (
+    PermissionCreate,
+    Permissions,
+    parse_permission,
+    wire_permission,
+)
+from evermini.service.shapes import (
+    Deleted,
+    PermissionAnswer,
+    TuningAnswer,
+    TuningCheckpointAnswer,
+    TuningEventAnswer,
+)
 from evermini.storage.fine_tuning import FINAL
 from evermini.storage.schema import Cursor
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs")
+router = APIRouter(prefix="/v1/fine_tuning")
 
+ORDERS = ("ascending", "descending")
+"""What the orders of permissions are called."""
 FOLLOW_SECONDS = 0.5
 """How often a stream of events looks for new ones."""
 
 
-@router.post("")
+@router.post("/jobs")
 @described(body=TuningCreate, answer=TuningAnswer)
 async def create_fine_tuning_job(request: Request) -> Response:
     """Create a job."""
@@ -44,7 +59,7 @@ async def create_fine_tuning_job(request: Request) -> Response:
     return JsonResponse(wire_tuning(tuning))
 
 
-@router.get("")
+@router.get("/jobs")
 @described(
     query=[
         *cursor("desc"),
@@ -72,28 +87,28 @@ async def list_fine_tuning_jobs(request: Request) -> Response:
     return JsonResponse(list_object([wire_tuning(tuning) for tuning in found.rows], found.has_more))
 
 
-@router.get("/{tuning_id}")
+@router.get("/jobs/{tuning_id}")
 @described(answer=TuningAnswer)
 async def retrieve_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Return a job."""
     return JsonResponse(wire_tuning(await _service(request).get(tuning_id)))
 
 
-@router.post("/{tuning_id}/cancel")
+@router.post("/jobs/{tuning_id}/cancel")
 @described(answer=TuningAnswer)
 async def cancel_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """End a job early."""
     return JsonResponse(wire_tuning(await _service(request).cancel(tuning_id)))
 
 
-@router.post("/{tuning_id}/pause")
+@router.post("/jobs/{tuning_id}/pause")
 @described(answer=TuningAnswer)
 async def pause_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Let a job wait; what is trained is kept."""
     return JsonResponse(wire_tuning(await _service(request).pause(tuning_id)))
 
 
-@router.post("/{tuning_id}/resume")
+@router.post("/jobs/{tuning_id}/resume")
 @described(answer=TuningAnswer)
 async def resume_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Let a paused job go on."""
@@ -103,7 +118,7 @@ async def resume_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     return JsonResponse(wire_tuning(tuning))
 
 
-@router.get("/{tuning_id}/events")
+@router.get("/jobs/{tuning_id}/events")
 @described(
     query=[
         *cursor("desc"),
@@ -125,7 +140,7 @@ async def list_fine_tuning_events(request: Request, tuning_id: str) -> Response:
     return JsonResponse(list_object([wire_event(event) for event in found.rows], found.has_more))
 
 
-@router.get("/{tuning_id}/checkpoints")
+@router.get("/jobs/{tuning_id}/checkpoints")
 @described(query=cursor("desc", limit=10), answer=PageOf(TuningCheckpointAnswer))
 async def list_fine_tuning_checkpoints(request: Request, tuning_id: str) -> Response:
     """List a job's checkpoints, the newest first."""
@@ -135,6 +150,54 @@ async def list_fine_tuning_checkpoints(request: Request, tuning_id: str) -> Resp
         raise no_such_cursor(cursor)
     listed = [wire_checkpoint(tuning_id, checkpoint) for checkpoint in found.rows]
     return JsonResponse(list_object(listed, found.has_more))
+
+
+@router.post("/checkpoints/{model:path}/permissions")
+@described(body=PermissionCreate, answer=PageOf(PermissionAnswer))
+async def create_checkpoint_permissions(request: Request, model: str) -> Response:
+    """Share a fine-tuned model with projects."""
+    wanted = await read_request(request, parse_permission)
+    made = await _permissions(request).share(model, wanted.project_ids)
+    return JsonResponse(list_object([wire_permission(one) for one in made], has_more=False))
+
+
+@router.get("/checkpoints/{model:path}/permissions")
+@described(
+    query=[
+        *cursor("desc", limit=10, words=ORDERS),
+        Parameter("project_id", {"type": "string"}, "Only this project's."),
+    ],
+    answer=PageOf(PermissionAnswer),
+)
+async def list_checkpoint_permissions(request: Request, model: str) -> Response:
+    """List the projects that a fine-tuned model is shared with, the latest first."""
+    cursor = read_cursor(request, order="desc", limit=10, words=ORDERS)
+    project = request.query_params.get("project_id")
+    found = await _permissions(request).list(model, cursor, project)
+    if found is None:
+        raise no_such_cursor(cursor)
+    listed = [wire_permission(permission) for permission in found.rows]
+    return JsonResponse(list_object(listed, found.has_more))
+
+
+@router.delete("/checkpoints/{model:path}/permissions/{permission_id}")
+@described(answer=Deleted)
+async def delete_checkpoint_permission(
+    request: Request, model: str, permission_id: str
+) -> Response:
+    """Stop sharing a fine-tuned model with a project."""
+    await _permissions(request).withdraw(model, permission_id)
+    return JsonResponse({"id": permission_id, "object": "checkpoint.permission", "deleted": True})
+
+
+@router.post("/alpha/graders/{action}")
+async def use_grader(request: Request, action: str) -> Response:
+    """Say that there are no graders: what they are for, reinforcement, is not done here."""
+    raise NotFoundError(
+        "This server has no graders: they belong to reinforcement fine-tuning, which it does not do. Use the methods "
+        "'supervised' or 'dpo'.",
+        code="unsupported_endpoint",
+    )
 
 
 async def _follow(service: FineTuning, tuning_id: str) -> AsyncGenerator[bytes, None]:
@@ -158,6 +221,11 @@ async def _follow(service: FineTuning, tuning_id: str) -> AsyncGenerator[bytes, 
             yield sse.DONE
             return
         await asyncio.sleep(FOLLOW_SECONDS)
+
+
+def _permissions(request: Request) -> Permissions:
+    permissions: Permissions = request.app.state.permissions
+    return permissions
 
 
 def _service(request: Request) -> FineTuning:

@@ -14,7 +14,12 @@ MAX_LIMIT = 100
 
 
 def read_cursor(
-    request: Request, *, order: Order, limit: int = 20, max_limit: int = MAX_LIMIT
+    request: Request,
+    *,
+    order: Order,
+    limit: int = 20,
+    max_limit: int = MAX_LIMIT,
+    words: tuple[str, str] = ("asc", "desc"),
 ) -> Cursor:
     """Return which page the query asks for.
 
@@ -23,15 +28,17 @@ def read_cursor(
         order: The endpoint's default order.
         limit: The length of a page if the query names none.
         max_limit: The longest page.
+        words: What the endpoint calls the two orders.
 
     Raises:
         InvalidRequestError: ``limit`` or ``order`` is not one that the contract knows.
     """
     query = request.query_params
-    wanted = query.get("order", order)
-    if wanted not in ("asc", "desc"):
+    ascending, descending = words
+    wanted = query.get("order", ascending if order == "asc" else descending)
+    if wanted not in words:
         raise InvalidRequestError(
-            f"Invalid value: '{wanted[:40]}'. Supported values are: 'asc' and 'desc'.",
+            f"Invalid value: '{wanted[:40]}'. Supported values are: '{ascending}' and '{descending}'.",
             param="order",
             code="invalid_value",
         )
@@ -50,7 +57,7 @@ def read_cursor(
             param="limit",
             code=f"integer_{'above_max' if above else 'below_min'}_value",
         )
-    return Cursor(query.get("after") or None, int(given), "desc" if wanted == "desc" else "asc")
+    return Cursor(query.get("after") or None, int(given), "asc" if wanted == ascending else "desc")
 
 
 def list_object(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:

@@ -45,7 +45,7 @@ PREFIX = "sk-evermini-"
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: tuple[Scope, ...] = ("inference", "files")
 _FILE_PATHS = ("/v1/files", "/v1/uploads", "/v1/batches", "/v1/fine_tuning")
-_ADMIN_PATHS = ("/v1/organization",)
+_ADMIN_PATHS = ("/v1/organization", "/v1/fine_tuning/checkpoints")
 
 
 @dataclass

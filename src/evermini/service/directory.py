@@ -83,7 +83,7 @@ class Directory:
         """Delete a fine-tuned model, or an alias.
 
         Raises:
-            ModelNotFoundError: There is none of that name.
+            ModelNotFoundError: There is none of that name, or it is another project's.
             PermissionDeniedError: It is a model of this server's own.
         """
         if name in self._runtime.names:
@@ -92,8 +92,9 @@ class Directory:
                 param="model",
             )
         meant = await self._database.run(self._store.find, name)
-        is_hidden = isinstance(meant, Adapter) and not meant.exists_for(current_caller.get().sees)
-        if is_hidden or not (
+        project = current_caller.get().sees
+        is_others = isinstance(meant, Adapter) and not meant.belongs_to(project)
+        if is_others or not (
             await self._database.run(self._store.delete, name)
             or await self._database.run(self._store.delete_alias, name)
         ):
@@ -184,5 +185,7 @@ def unknown_tuned(name: str) -> str:
     return (
         f"The model `{shown}` does not exist or you do not have access to it. To have a fine-tuned model answer to "
         f"this name, import its adapter (`evermini tune import FOLDER --as {shown}`), train it here "
-        f"(POST /v1/fine_tuning/jobs), or let the name mean another model (`evermini tune alias {shown} gpt-4.1-mini`)."
+        f"(POST /v1/fine_tuning/jobs), have it shared with your project if another one trained it "
+        f"(POST /v1/fine_tuning/checkpoints/{shown}/permissions), or let the name mean another model "
+        f"(`evermini tune alias {shown} gpt-4.1-mini`)."
     )

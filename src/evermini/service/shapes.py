@@ -562,6 +562,16 @@ class TuningCheckpointAnswer(TypedDict):
 
 
 @with_config(EXACT)
+class PermissionAnswer(TypedDict):
+    """A project that a fine-tuned model is shared with."""
+
+    object: Literal["checkpoint.permission"]
+    id: str
+    created_at: int
+    project_id: str
+
+
+@with_config(EXACT)
 class UsageBucket(TypedDict):
     """What was used in a stretch of time, a result for each group."""
 

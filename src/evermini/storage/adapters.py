@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Select, delete, or_, select
+from sqlalchemy import ForeignKey, Index, Select, delete, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
@@ -44,6 +45,19 @@ class ModelAliasRow(Base):
     created_at: Mapped[int] = mapped_column(Number)
 
 
+class ModelPermissionRow(Base):
+    """A project that a model is shared with."""
+
+    __tablename__ = "model_permissions"
+    __table_args__ = (Index(None, "adapter", "project", unique=True),)
+
+    number: Mapped[int] = mapped_column(Number, primary_key=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    adapter: Mapped[int] = mapped_column(ForeignKey(AdapterRow.number, ondelete="CASCADE"))
+    project: Mapped[str]
+    created_at: Mapped[int] = mapped_column(Number)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A fine-tuned model.
@@ -62,6 +76,7 @@ class Adapter:
         config_blob: Blob of ``adapter_config.json``.
         weights_blob: Blob of ``adapter_model.safetensors``.
         project: Whose it is: that of its job; ``None``: it was imported, and is everybody's.
+        shared_with: Projects that may use it besides.
     """
 
     name: str
@@ -77,10 +92,15 @@ class Adapter:
     config_blob: str
     weights_blob: str
     project: str | None = None
+    shared_with: frozenset[str] = frozenset()
+
+    def belongs_to(self, project: str | None) -> bool:
+        """Return whether a project's keys may do with it what they like; ``None``: whoever sees everything."""
+        return project is None or self.project in (None, project)
 
     def exists_for(self, project: str | None) -> bool:
-        """Return whether a project's keys may use it; ``None`` stands for whoever sees everything."""
-        return project is None or self.project in (None, project)
+        """Return whether a project's keys may use it; ``None`` as for `belongs_to`."""
+        return self.belongs_to(project) or project in self.shared_with
 
 
 @dataclass(frozen=True)
@@ -121,8 +141,11 @@ class AdapterTable:
     def list(self) -> Sequence[Adapter]:
         """Return all adapters, the oldest first."""
         with self._database.reading() as session:
+            shared: defaultdict[int, set[str]] = defaultdict(set)
+            for permission in session.scalars(select(ModelPermissionRow)):
+                shared[permission.adapter].add(permission.project)
             rows = session.execute(_adapters().order_by(AdapterRow.number))
-            return [_stored(row, project) for row, project in rows]
+            return [_stored(row, project, shared[row.number]) for row, project in rows]
 
     def delete(self, name: str) -> Adapter | None:
         """Delete an adapter and the aliases that mean it; return what it was, whose blobs are free now."""
@@ -193,8 +216,13 @@ def _adapters() -> Select[AdapterRow, str | None]:
 
 def _find(session: Session, name: str) -> Adapter | None:
     found = session.execute(_adapters().where(AdapterRow.name == name)).one_or_none()
-    return None if found is None else _stored(*found)
+    if found is None:
+        return None
+    row, project = found
+    shared = select(ModelPermissionRow.project).where(ModelPermissionRow.adapter == row.number)
+    return _stored(row, project, session.scalars(shared))
 
 
-def _stored(row: AdapterRow, project: str | None) -> Adapter:
-    return Adapter(**{name: getattr(row, name) for name in _FIELDS}, project=project)
+def _stored(row: AdapterRow, project: str | None, shared: Iterable[str]) -> Adapter:
+    fields = {name: getattr(row, name) for name in _FIELDS}
+    return Adapter(**fields, project=project, shared_with=frozenset(shared))

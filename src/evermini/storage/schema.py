@@ -12,7 +12,8 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Sessi
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
 Scope = Literal["inference", "files", "admin"]
-"""What a key may be good for: models; files, batches and training; everybody's usage and costs."""
+"""What a key may be good for: models; files, batches and training; everybody's usage and costs, and who may use
+which model."""
 RowT = TypeVar("RowT")
 OwnedT = TypeVar("OwnedT", bound="Owned")
 
