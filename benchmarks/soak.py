@@ -4,7 +4,8 @@
 
 Starts a server of its own. Each client streams one chat after the other, without a pause, so the machine is full from
 the beginning; what the batch may take then is what the clients leave. Prints, for both, the time to the first token
-(p50, p95, worst), tokens per second, and how many requests failed; goals: no errors, and a p95 that hardly differs.
+(p50, p95, worst; also by the prompt's length), tokens per second, and how many requests failed; goals: no errors, and a
+p95 that hardly differs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import openai
 from evermini.config import default_home
 
 BATCH_LINES = 2000
+WORDS = (5, 20, 80)
+"""Words in the clients' prompts; three tokens each, and some 30 around them."""
 ENDPOINT = "/v1/chat/completions"
 
 
@@ -38,7 +41,7 @@ ENDPOINT = "/v1/chat/completions"
 class Side:
     """What the clients saw in one phase."""
 
-    first: list[float] = field(default_factory=list)
+    first: dict[int, list[float]] = field(default_factory=lambda: {words: [] for words in WORDS})
     errors: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     seconds: float = 0.0
@@ -46,14 +49,22 @@ class Side:
     batch_failed: int = 0
 
     def line(self, name: str) -> str:
-        """Return a row of the table."""
-        cuts = quantiles(self.first, n=100) if len(self.first) > 1 else [float("nan")] * 99
-        return (
-            f"{name:<14} {len(self.first):>8} {1000 * cuts[49]:>8.0f} {1000 * cuts[94]:>8.0f} "
-            f"{1000 * max(self.first, default=float('nan')):>8.0f} {self.tokens / self.seconds:>9.0f} "
-            f"{self.batch_lines / self.seconds:>12.1f} {self.batch_failed:>12} {sum(self.errors.values()):>7} "
-            f"{dict(self.errors) or ''}"
+        """Return a row of the table, and below it one for each length of prompts."""
+        whole = (
+            f"{_latencies(name, [one for times in self.first.values() for one in times])} "
+            f"{self.tokens / self.seconds:>9.0f} {self.batch_lines / self.seconds:>12.1f} {self.batch_failed:>12} "
+            f"{sum(self.errors.values()):>7} {dict(self.errors) or ''}"
         )
+        parts = [_latencies(f"  {words} words", times) for words, times in self.first.items()]
+        return "\n".join([whole, *parts])
+
+
+def _latencies(name: str, times: list[float]) -> str:
+    cuts = quantiles(times, n=100) if len(times) > 1 else [float("nan")] * 99
+    return (
+        f"{name:<14} {len(times):>8} {1000 * cuts[49]:>8.0f} {1000 * cuts[94]:>8.0f} "
+        f"{1000 * max(times, default=float('nan')):>8.0f}"
+    )
 
 
 HEADING = (
@@ -65,7 +76,8 @@ HEADING = (
 async def client(api: openai.AsyncOpenAI, model: str, rng: random.Random, side: Side) -> None:
     """Stream one chat after the other until cancelled."""
     while True:
-        words = " ".join(f"word{rng.randrange(1000)}" for _ in range(rng.choice([5, 20, 80])))
+        num_words = rng.choice(WORDS)
+        words = " ".join(f"word{rng.randrange(1000)}" for _ in range(num_words))
         began = time.perf_counter()
         is_first = True
         try:
@@ -79,7 +91,7 @@ async def client(api: openai.AsyncOpenAI, model: str, rng: random.Random, side: 
                 if chunk.choices and chunk.choices[0].delta.content:
                     side.tokens += 1
                     if is_first:
-                        side.first.append(time.perf_counter() - began)
+                        side.first[num_words].append(time.perf_counter() - began)
                         is_first = False
         except openai.APIError as error:
             side.errors[type(error).__name__] += 1

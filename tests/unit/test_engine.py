@@ -8,7 +8,14 @@ import random
 import pytest
 
 from evermini.engine.engine import Engine
-from evermini.engine.request import BATCH, Finished, PromptDone, SamplingParams, TokenOutput
+from evermini.engine.request import (
+    BATCH,
+    INTERACTIVE,
+    Finished,
+    PromptDone,
+    SamplingParams,
+    TokenOutput,
+)
 from evermini.engine.scheduler import MAX_OVERTAKES, MAX_SCORED_ROWS, PREFIX_PATIENCE
 from evermini.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from tests.fakes import Outcome, TinyModel, drive, greedy_oracle, tiny_config
@@ -320,6 +327,21 @@ def test_prompts_take_a_quarter_of_the_step_beside_streams():
     drive(engine, {"stream": Outcome(prompt=PromptDone(0))})
     beside = [batch for batch in model.batches if len(batch) == 2]
     assert [batch[1] for batch in beside] == [64] * 7 + [500 - 7 * 64]
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "priority", "share"),
+    [(1, INTERACTIVE, 64), (6, INTERACTIVE, 96), (15, INTERACTIVE, 128), (15, BATCH, 64)],
+)
+def test_a_crowd_of_prompts_takes_up_to_half_of_the_step(num_prompts, priority, share):
+    model = TinyModel()
+    engine = make_engine(model, max_batch_tokens=256, num_blocks=1024)
+    engine.add("stream", prompt_of(10), greedy(20))
+    engine.step()
+    for index in range(num_prompts):
+        engine.add(str(index), prompt_of(300, index), greedy(1), priority=priority)
+    engine.step()
+    assert sum(model.batches[-1]) == 1 + share
 
 
 def test_streams_get_a_token_in_every_step():

@@ -14,7 +14,9 @@ A step computes at most ``max_batch_tokens`` tokens, spent in this order:
    30 under full load, and the mean was the same.
 
 While requests decode, prompts get only a quarter of the step, for a step's length is the time between two tokens of a
-stream (mini on one core: 128 tokens take 0.25 s, at 85 % of the speed of 512, which take 0.9 s).
+stream (mini on one core: 128 tokens take 0.25 s, at 85 % of the speed of 512, which take 0.9 s). Where a crowd waits
+for its first tokens, they get up to half: else half of a full machine's clients wait to begin, rather than all of them
+a little longer for each token. The answers end at the same time.
 
 A request owns the blocks of all its known tokens from admission on, so prefill never runs out of memory.
 
@@ -43,6 +45,9 @@ MAX_OVERTAKES = 32
 
 MAX_CANDIDATES = 128
 """Oldest waiting requests that are looked at in a step, so that a long queue costs no time."""
+
+CROWD = 8
+"""Requests that wait for their first token while prompts get half of the steps; with half as many, a quarter."""
 
 PREFIX_PATIENCE = 16
 """Steps without progress of the awaited prefix after which a request computes it itself."""
@@ -121,8 +126,16 @@ class Scheduler:
             chunks = self._add_drafts(chunks)
         budget = self._max_batch_tokens - sum(chunk.context - chunk.start for chunk in chunks)
         if chunks:
-            budget = min(budget, max(BLOCK_SIZE, self._max_batch_tokens // 4))
+            budget = min(budget, max(BLOCK_SIZE, self._prompts_share()))
         return sorted(chunks + self._schedule_prompts(budget), key=_adapter_key)
+
+    def _prompts_share(self) -> int:
+        """Return the tokens of a step that prompts get beside decodes."""
+        num_waiting = sum(
+            sequence.priority == INTERACTIVE and not sequence.is_decoding
+            for sequence in (*self.running, *self.waiting[:CROWD])
+        )
+        return self._max_batch_tokens * min(CROWD, max(CROWD // 2, num_waiting)) // (2 * CROWD)
 
     def _make_way(self) -> None:
         """Let batches give up memory and places, as far as a request before them waits and needs it."""
