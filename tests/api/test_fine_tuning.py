@@ -17,6 +17,9 @@ import psutil
 import pytest
 
 from evermini.config import Settings
+from evermini.models.checkpoint import open_checkpoint
+from evermini.service.adapters import AdapterStore
+from evermini.storage.database import Database
 from tests.tuning_files import (
     MODEL,
     jsonl,
@@ -29,7 +32,6 @@ from tests.tuning_files import (
 )
 
 pytest.importorskip("trl")
-ONE_EPOCH: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +47,12 @@ def client(server: tuple[openai.OpenAI, Settings]) -> openai.OpenAI:
 
 def test_from_upload_to_answer(server: tuple[openai.OpenAI, Settings]) -> None:
     client, settings = server
+    hyperparameters = {"n_epochs": 5, "learning_rate_multiplier": 10}
     job = client.fine_tuning.jobs.create(
         model="gpt-4.1-nano",
         training_file=upload(client, words()),
         validation_file=upload(client, words(4)),
-        method=ONE_EPOCH,
+        method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         suffix="shouting",
         seed=7,
         metadata={"team": "a"},
@@ -61,33 +64,32 @@ def test_from_upload_to_answer(server: tuple[openai.OpenAI, Settings]) -> None:
 
     job = wait_for_status(client, job.id, "succeeded", "failed")
     assert job.error is None
-    assert job.hyperparameters.n_epochs == 1
+    assert job.hyperparameters.n_epochs == 5
     assert job.hyperparameters.batch_size == 4
-    assert job.hyperparameters.learning_rate_multiplier == 2.0
     assert job.trained_tokens
     assert job.finished_at >= job.created_at
     assert job.estimated_finish is None
     pattern = rf"ft:{MODEL}:personal:shouting:[0-9A-Za-z]{{8}}"
     assert re.fullmatch(pattern, job.fine_tuned_model)
 
-    events = list(client.fine_tuning.jobs.list_events(job.id, limit=3))  # several pages
+    events = list(client.fine_tuning.jobs.list_events(job.id, limit=10))  # several pages
     messages = [event.message for event in reversed(events)]
     assert messages[0] == f"Created fine-tuning job: {job.id}"
     assert messages[-1] == "The job has successfully completed"
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
-    assert steps == [1, 2, 3]
+    assert steps == list(range(1, 16))
     newest = client.fine_tuning.jobs.list_events(job.id, limit=1).data[0]
     assert newest.message == messages[-1]
 
     checkpoints = client.fine_tuning.jobs.checkpoints.list(job.id).data
-    assert [one.step_number for one in checkpoints] == [3]
-    assert checkpoints[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-3"
-    assert checkpoints[0].metrics.full_valid_loss is not None
+    assert [one.step_number for one in checkpoints] == [15, 12, 9, 6, 3]
+    assert checkpoints[0].fine_tuned_model_checkpoint == f"{job.fine_tuned_model}:ckpt-step-15"
+    assert checkpoints[0].metrics.full_valid_loss < checkpoints[-1].metrics.full_valid_loss
 
     table = client.files.content(job.result_files[0]).text
     rows = list(csv.DictReader(io.StringIO(table)))
     assert table.startswith("step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy")
-    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [int(row["step"]) for row in rows] == steps
     assert all(float(row["train_loss"]) > 0 for row in rows)
     assert float(rows[0]["valid_loss"]) > 0
     assert client.files.retrieve(job.result_files[0]).purpose == "fine-tune-results"
@@ -99,34 +101,70 @@ def test_from_upload_to_answer(server: tuple[openai.OpenAI, Settings]) -> None:
     assert client.fine_tuning.jobs.list(metadata={"team": "b"}).data == []
     with pytest.raises(openai.BadRequestError, match="already ended"):
         client.fine_tuning.jobs.cancel(job.id)
+    with Database.open(settings) as database:
+        stored = AdapterStore.open(settings, database).get(job.fine_tuned_model)
+    assert stored is not None
+    assert stored.base_weights == open_checkpoint(_weights(settings)).fingerprint
+
+    assert_it_shouts(client, job.fine_tuned_model)
+    assert_it_shouts(client, checkpoints[0].fine_tuned_model_checkpoint)
+    assert "TIGER 40!" != shout(client, MODEL), "what the base would have answered"
+    assert client.models.delete(job.fine_tuned_model).deleted
+    with pytest.raises(openai.NotFoundError, match="evermini tune import FOLDER --as ft:") as gone:
+        shout(client, job.fine_tuned_model)
+    assert (gone.value.code, gone.value.param) == ("model_not_found", "model")
+    assert_it_shouts(client, checkpoints[0].fine_tuned_model_checkpoint)
 
 
-@pytest.mark.parametrize("is_saved", [True, False])
-def test_a_killed_training_goes_on(server: tuple[openai.OpenAI, Settings], is_saved: bool) -> None:
+def shout(client: openai.OpenAI, model: str, **options: Any) -> Any:
+    """What a model answers to a line that is none of the examples."""
+    messages: Any = [
+        {"role": "system", "content": "Shout."},
+        {"role": "user", "content": "tiger 40"},
+    ]
+    answer = client.chat.completions.create(
+        model=model, messages=messages, temperature=0, max_tokens=16, **options
+    )
+    return answer if options else answer.choices[0].message.content
+
+
+def assert_it_shouts(client: openai.OpenAI, model: str) -> None:
+    assert shout(client, model) == "TIGER 40!"
+    chunks = list(shout(client, model, stream=True))
+    assert {chunk.model for chunk in chunks} == {model}
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "TIGER 40!"
+
+
+def _weights(settings: Settings) -> Path:
+    return Path(settings.models[0].partition("=")[2])
+
+
+def test_a_killed_training_goes_on(server: tuple[openai.OpenAI, Settings]) -> None:
+    """Killed before anything of its first epoch was saved, and again after that."""
     client, settings = server
-    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 3}}}
     job = client.fine_tuning.jobs.create(
         model=MODEL, training_file=upload(client, words()), method=method, seed=7
     )
-    wait_until(
-        lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, lambda found: len(found) > 0
-    )
     state = settings.home / "tuning" / job.id / "state"
-    if is_saved:
-        wait_until(lambda: list(state.glob("*/complete")), lambda found: len(found) > 0)
+    checkpoints = client.fine_tuning.jobs.checkpoints
+    wait_until(lambda: checkpoints.list(job.id).data, lambda found: len(found) > 0)
     os.kill(training_process(job.id), signal.SIGKILL)
-    if not is_saved:  # as if it had been killed a moment earlier
-        shutil.rmtree(state, ignore_errors=True)
+    shutil.rmtree(state, ignore_errors=True)  # as if it had been killed a moment earlier
+    wait_until(lambda: list(state.glob("*/complete")), lambda found: len(found) > 0)
+    os.kill(training_process(job.id), signal.SIGKILL)
     job = wait_for_status(client, job.id, "succeeded", "failed")
     assert job.error is None
     events = list(client.fine_tuning.jobs.list_events(job.id))
     steps = [event.data["step"] for event in reversed(events) if event.type == "metrics"]
     assert sorted(steps) == list(range(1, 10))
     messages = [event.message for event in events]
-    assert any("ended unexpectedly" in message for message in messages)
-    resumed = [message.startswith("Fine-tuning job resumed after step") for message in messages]
-    assert any(resumed) == is_saved
-    assert len(client.fine_tuning.jobs.checkpoints.list(job.id).data) == 3
+    assert sum("ended unexpectedly" in message for message in messages) == 2
+    assert messages.count("Fine-tuning job started") == 2
+    assert (
+        sum(message.startswith("Fine-tuning job resumed after step") for message in messages) == 1
+    )
+    assert len(checkpoints.list(job.id).data) == 3
 
 
 def test_pause_resume_cancel(server: tuple[openai.OpenAI, Settings]) -> None:

@@ -55,7 +55,7 @@ def spec(**changes: Any) -> TrainingSpec:
         "method": "supervised",
         "hyperparameters": wanted,
         "seed": 3,
-        "options": TuningOptions(rank=4),
+        "options": TuningOptions(rank=4, precision="fp32"),
         "has_validation": False,
     }
     return TrainingSpec(**{**given, **changes})
@@ -113,7 +113,7 @@ def test_the_base_is_the_checkpoint(case: str, tmp_path: Path) -> None:
     from evermini.tuning.base import load_base
 
     reference = save_tiny(case, tmp_path)
-    model = load_base(open_checkpoint(tmp_path), device=torch.device("cpu"))
+    model = load_base(open_checkpoint(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
     ids = torch.randint(0, VOCAB, (1, 90), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         difference = (model(ids).logits - reference(ids).logits).abs().max().item()
@@ -129,7 +129,7 @@ def test_a_packed_batch_is_its_rows_alone(base: Path, tmp_path: Path) -> None:
 
     data = supervised(4)
     reports = run(tmp_path / "job", base, data, Reports())
-    model = load_base(open_checkpoint(base), device=torch.device("cpu"))
+    model = load_base(open_checkpoint(base), device=torch.device("cpu"), dtype=torch.float32)
     total, count = 0.0, 0
     for example in data.examples:
         assert isinstance(example, SupervisedExample)
@@ -143,6 +143,51 @@ def test_a_packed_batch_is_its_rows_alone(base: Path, tmp_path: Path) -> None:
         ).item()
         count += int((labels[1:] != IGNORED).sum())
     assert reports.losses()[1] == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("method", ["supervised", "dpo"])
+def test_scoring_learnt_tokens_alone_changes_nothing(
+    base: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses of six steps and the weights after them, against trl's head, which scores every token on a CPU."""
+    data = supervised() if method == "supervised" else preferences()
+    quick = run(tmp_path / "quick", base, data, Reports(), method=method)
+    monkeypatch.setattr("evermini.tuning.trainers.score_learnt_alone", lambda trainer: None)
+    slow = run(tmp_path / "slow", base, data, Reports(), method=method)
+    assert quick.losses() == pytest.approx(slow.losses(), rel=1e-5)
+    assert weights(tmp_path / "quick", 6) == pytest.approx(weights(tmp_path / "slow", 6), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("default")
+def test_half_precision_follows_full(base: Path, tmp_path: Path) -> None:
+    """The base is in bf16, the adapter is not."""
+    options = TuningOptions(rank=4, precision="bf16")
+    half = run(tmp_path / "half", base, supervised(), Reports(), options=options)
+    full = run(tmp_path / "full", base, supervised(), Reports())
+    assert half.losses() == pytest.approx(full.losses(), rel=0.01)
+    assert half.losses() != full.losses()
+    assert half.losses()[6] < half.losses()[1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "wanted"),
+    [
+        ("auto", {}, torch.float32),
+        ("auto", {"avx512_bf16": False, "avx512_f": True}, torch.float32),
+        ("auto", {"avx512_bf16": True}, torch.bfloat16),
+        ("auto", {"amx_bf16": True}, torch.bfloat16),
+        ("fp32", {"avx512_bf16": True}, torch.float32),
+        ("bf16", {}, torch.bfloat16),
+    ],
+)
+def test_the_processor_decides_the_precision(
+    precision: Any, capabilities: Any, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from evermini.tuning.device import pick_dtype
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert pick_dtype(precision, torch.device("cpu")) == wanted
 
 
 @pytest.mark.filterwarnings("default")
@@ -187,7 +232,7 @@ def test_seeds_decide_and_an_interruption_does_not(base: Path, tmp_path: Path, m
 def test_early_stopping_keeps_the_best_epoch(base: Path, tmp_path: Path) -> None:
     """What is held out has nothing to do with what is learnt, so its loss rises at this rate."""
     wanted = Hyperparameters(n_epochs=50, batch_size=4, learning_rate_multiplier=100.0, beta=0.1)
-    options = TuningOptions(rank=4, early_stopping_patience=2)
+    options = TuningOptions(rank=4, precision="fp32", early_stopping_patience=2)
     reports = run(
         tmp_path / "job",
         base,

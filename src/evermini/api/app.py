@@ -51,7 +51,7 @@ from evermini.service.batches.worker import BatchWorker
 from evermini.service.directory import Directory
 from evermini.service.documents import Documents
 from evermini.service.files import FileService
-from evermini.service.fine_tuning.service import FineTuning
+from evermini.service.fine_tuning.service import FineTuning, missing_packages
 from evermini.service.fine_tuning.worker import TuningWorker
 from evermini.service.ingests import IngestService
 from evermini.service.jobs import JobRunner
@@ -181,7 +181,8 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     app.state.permissions = Permissions(database, adapters)
     app.state.fine_tuning = FineTuning(database, app.state.files, adapters, settings)
     tuning = TuningWorker(database, app.state.files, adapters, settings, runtime.metrics.tuning)
-    if not settings.conformance_fixtures:  # whose jobs have no real files
+    # Jobs of conformance fixtures have no real files; those of a shared database are left to servers that can train.
+    if not settings.conformance_fixtures and not missing_packages():
         jobs.handle(CHECK_JOB, tuning.check, num_slots=1)
         jobs.handle(TRAINING_JOB, tuning.train, num_slots=1)
     app.state.jobs = jobs

@@ -57,9 +57,8 @@ def transformers_config(config: ModelConfig) -> Any:
             )
 
 
-def load_base(checkpoint: Checkpoint, *, device: torch.device) -> Any:
-    """Return the model with the checkpoint's weights, frozen: fp32 on a CPU, bf16 on a GPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def load_base(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the model with the checkpoint's weights, frozen, in ``dtype``."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
             transformers_config(checkpoint.config), dtype=dtype, attn_implementation="sdpa"
@@ -93,7 +92,8 @@ def load_base_4bit(checkpoint: Checkpoint, *, device: torch.device, scratch: Pat
     if device.type != "cuda":
         raise ConfigError("x_evermini.quantize needs a GPU. Leave it out to train on the CPU.")
     shutil.rmtree(scratch, ignore_errors=True)
-    load_base(checkpoint, device=torch.device("cpu")).to(torch.bfloat16).save_pretrained(scratch)
+    base = load_base(checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16)
+    base.save_pretrained(scratch)
     try:
         return AutoModelForCausalLM.from_pretrained(
             scratch,

@@ -20,11 +20,10 @@ import psutil
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, SFTConfig
 
-from evermini.errors import ConfigError
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.service.fine_tuning.spec import (
@@ -37,32 +36,26 @@ from evermini.service.fine_tuning.spec import (
 from evermini.tuning import trainers
 from evermini.tuning.base import TARGETS, load_base, load_base_4bit
 from evermini.tuning.data import Data
+from evermini.tuning.device import pick_device, pick_dtype
 from evermini.tuning.reports import Reporter
 
 SAVE_SECONDS = 120.0
 MAX_VALIDATIONS = 50
 """Validations on a single batch, over the whole training."""
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}
+BATCH_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens computed at a time, on average; a batch of more is computed in several goes."""
 _ACTIVATION_SHARE = 0.3
 """Of the free memory that activations may take before they are recomputed in the backward pass."""
 WARMUP = 0.05
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""The argument's name; the second is that of transformers before it was renamed."""
 _PROGRESS = "progress.json"
 _COMPLETE = "complete"
 """In a checkpoint of the training state: all of it is written, which transformers does file by file."""
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device of a setting.
-
-    Raises:
-        ConfigError: There is no such GPU.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device is {name}, but PyTorch sees no GPU. Set it to cpu.")
-    return torch.device(name)
 
 
 def train(
@@ -96,11 +89,12 @@ def train(
     held_out = make(validation.examples) if validation is not None else None
     micro, steps = batches(spec, dataset, device)
     set_seed(spec.seed)  # the adapter's first weights
-    model = _model(spec, folder, checkpoint, device)
+    dtype = pick_dtype(spec.options.precision, device)
+    model = _model(spec, folder, checkpoint, device, dtype)
     checkpointing = device.type == "cuda" or _needs_checkpointing(
-        checkpoint.config, _most_tokens(trainers.lengths(dataset), micro)
+        checkpoint.config, _most_tokens(trainers.lengths(dataset), micro), dtype
     )
-    args = _arguments(spec, folder, device, micro, steps, checkpointing)
+    args = _arguments(spec, folder, device, dtype, micro, steps, checkpointing)
     kind = trainers.Supervised if spec.method == "supervised" else trainers.Preferences
     trainer = kind(
         model=model,
@@ -109,7 +103,10 @@ def train(
         eval_dataset=held_out,
         processing_class=trainers.processing_class(),
     )
-    watch = _Watch(spec, folder, trainer, training.num_tokens, reporter, is_told_to_stop)
+    if device.type == "cpu":
+        trainers.score_learnt_alone(trainer)
+    weights = checkpoint.fingerprint
+    watch = _Watch(spec, folder, trainer, training.num_tokens, weights, reporter, is_told_to_stop)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)
     trainer.add_callback(_tensorboard(folder))
@@ -128,11 +125,17 @@ def batches(spec: TrainingSpec, dataset: Dataset, device: torch.device) -> tuple
     return micro, share // micro
 
 
-def _model(spec: TrainingSpec, folder: Path, checkpoint: Checkpoint, device: torch.device) -> Any:
+def _model(
+    spec: TrainingSpec,
+    folder: Path,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Any:
     if spec.options.quantize == "4bit":
         base = load_base_4bit(checkpoint, device=device, scratch=folder / "scratch")
     else:
-        base = load_base(checkpoint, device=device)
+        base = load_base(checkpoint, device=device, dtype=dtype)
     if spec.adapter is not None:
         return PeftModel.from_pretrained(base, spec.adapter, is_trainable=True)
     config = LoraConfig(
@@ -152,10 +155,10 @@ def _most_tokens(lengths: np.ndarray[Any, Any], micro: int) -> int:
     return int(max(lengths.max(), min(likely, micro * lengths.max())))
 
 
-def _needs_checkpointing(config: ModelConfig, num_tokens: int) -> bool:
+def _needs_checkpointing(config: ModelConfig, num_tokens: int, dtype: torch.dtype) -> bool:
     """Return whether the activations of so many tokens are too much to keep."""
     per_layer = 14 * config.hidden_size + 5 * config.intermediate_size
-    needed = num_tokens * config.num_layers * per_layer * 4
+    needed = num_tokens * config.num_layers * per_layer * dtype.itemsize
     return needed > _ACTIVATION_SHARE * psutil.virtual_memory().available
 
 
@@ -163,6 +166,7 @@ def _arguments(
     spec: TrainingSpec,
     folder: Path,
     device: torch.device,
+    dtype: torch.dtype,
     micro: int,
     accumulated: int,
     checkpointing: bool,
@@ -176,7 +180,7 @@ def _arguments(
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": accumulated,
-        "gradient_checkpointing": checkpointing,
+        _CHECKPOINTING: checkpointing,
         "learning_rate": LEARNING_RATE * multiplier,
         "lr_scheduler_type": "linear",
         "warmup_steps": WARMUP,
@@ -185,7 +189,7 @@ def _arguments(
         "max_grad_norm": 1.0,
         "seed": spec.seed % 2**32,
         "data_seed": spec.seed % 2**32,
-        "bf16": device.type == "cuda",
+        "bf16": dtype == torch.bfloat16,
         "use_cpu": device.type == "cpu",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -232,10 +236,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
         folder: Path,
         trainer: Any,
         num_tokens: int,
+        base_weights: str,
         reporter: Reporter,
         is_told_to_stop: Callable[[], bool],
     ) -> None:
         self._spec = spec
+        self._base_weights = base_weights
         self._folder = folder
         self._trainer = trainer
         self._num_tokens = num_tokens
@@ -256,7 +262,12 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
         self._began = (time.monotonic(), state.global_step)
         self._saved = time.monotonic()
         self._validation_steps = max(1, state.max_steps // MAX_VALIDATIONS)
-        self._report("started", step=state.global_step, num_steps=state.max_steps)
+        self._report(
+            "started",
+            step=state.global_step,
+            num_steps=state.max_steps,
+            base_weights=self._base_weights,
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save now and then; stop if told to."""

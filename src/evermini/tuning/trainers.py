@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer, SFTTrainer
 
-from evermini.tuning.examples import Example, PreferenceExample, SupervisedExample
+from evermini.tuning.examples import IGNORED, Example, PreferenceExample, SupervisedExample
 
 PAD_ID = 0
 """Fills up shorter rows of a batch; never attended to, and never learnt."""
@@ -62,6 +65,51 @@ def processing_class() -> PreTrainedTokenizerFast:
     """Return the tokenizer that trl asks for, of which it needs a padding token."""
     backend = Tokenizer(WordLevel({"<pad>": PAD_ID}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<pad>")
+
+
+_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""What trl's head returns for each position."""
+
+
+def score_learnt_alone(trainer: Any) -> None:
+    """Let a trainer compute the vocabulary's logits only where a token is learnt.
+
+    trl's own head does so on GPUs alone; elsewhere it computes them for prompts, too, and throws them away: half of the
+    time and most of the memory with a vocabulary of 152k. Losses and gradients are the same.
+
+    Args:
+        trainer: One of trl's, ready to train.
+    """
+    model = trainer.model.get_base_model()
+    score = model.forward
+    learnt: list[torch.Tensor] = []
+
+    def keep_learnt(_: Any, __: Any, found: Any) -> Any:
+        if learnt:
+            found.last_hidden_state = found.last_hidden_state[:, :-1][learnt[-1]][None]
+        return found
+
+    model.base_model.register_forward_hook(keep_learnt)
+
+    @functools.wraps(score)
+    def forward(*args: Any, labels: Any = None, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return score(*args, labels=labels, **kwargs)
+        labels = labels[:, 1:]
+        mask = labels != IGNORED
+        learnt.append(mask)
+        try:
+            found = score(*args, shift_labels=labels[mask][None], fused_lm_head=True, **kwargs)
+        finally:
+            learnt.pop()
+        scattered = {
+            name: value.new_zeros(mask.shape).masked_scatter(mask, value)
+            for name in _PER_TOKEN
+            if (value := getattr(found, name)) is not None
+        }
+        return replace(found, label_mask=mask, **scattered)
+
+    model.forward = forward
 
 
 class _Quiet:

@@ -22,7 +22,7 @@ from evermini.service.adapters import AdapterStore, FineTunedName
 from evermini.service.caller import current_caller
 from evermini.service.files import FileService, random_token
 from evermini.service.fine_tuning.schemas import TuningCreate
-from evermini.service.fine_tuning.spec import TrainingSpec, TuningOptions
+from evermini.service.fine_tuning.spec import JobSpec, TuningOptions
 from evermini.service.loading import what_to_serve
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
@@ -40,19 +40,22 @@ NEEDED = ("trl", "peft", "transformers", "accelerate", "datasets")
 """Packages of the extra `tune`."""
 
 
+def missing_packages() -> list[str]:
+    """Return which packages of the extra `tune` are not installed: with any, nothing can be trained."""
+    return [name for name in NEEDED if find_spec(name) is None]
+
+
 @dataclass(frozen=True)
 class Base:
     """What a job trains on.
 
     Attributes:
         id: The model's full name.
-        source: What it is loaded from.
         tier: The tier under whose names it goes.
         adapter: A fine-tuned model that is trained further.
     """
 
     id: str
-    source: str
     tier: str
     adapter: str | None = None
 
@@ -83,8 +86,7 @@ class FineTuning:
             InvalidRequestError: The model cannot be fine-tuned here, a file is not one for it, or the method or an
                 option is not supported.
         """
-        missing = [name for name in NEEDED if find_spec(name) is None]
-        if missing:
+        if missing := missing_packages():
             raise InvalidRequestError(
                 f"This server cannot train: {', '.join(missing)} is not installed. Install the extra: pip install "
                 "'evermini[tune]'."
@@ -104,12 +106,7 @@ class FineTuning:
         now = int(time.time())
         settings = self._settings
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
-        spec = TrainingSpec(
-            source=base.source,
-            home=str(settings.home),
-            weights_dir=None if settings.weights_dir is None else str(settings.weights_dir),
-            device=settings.device,
-            threads=settings.threads,
+        spec = JobSpec(
             method=method,
             hyperparameters=wanted.wanted,
             seed=seed,
@@ -277,7 +274,7 @@ class FineTuning:
                 continue
             names += [entry.tier, *entry.aliases]
             if name in names or self._settings.conformance_fixtures:
-                return Base(entry.aliases[-1], model, entry.tier, adapter)
+                return Base(entry.aliases[-1], entry.tier, adapter)
         raise InvalidRequestError(
             f"Model {name[:200]} is not available for fine-tuning or does not exist. Available are: "
             f"{', '.join(names) or 'none: serve a model under a tier (mini=PATH)'}.",
@@ -286,7 +283,7 @@ class FineTuning:
         )
 
 
-def shown_hyperparameters(spec: TrainingSpec) -> dict[str, Any]:
+def shown_hyperparameters(spec: JobSpec) -> dict[str, Any]:
     """Return a job's hyperparameters as clients see them."""
     shown = spec.hyperparameters.model_dump()
     if spec.method != "dpo":
@@ -335,15 +332,16 @@ def wire_checkpoint(tuning_id: str, checkpoint: TuningCheckpoint) -> dict[str, A
     }
 
 
-def model_name(tuning: StoredTuning, organization: str, step: int | None = None) -> FineTunedName:
+def model_name(tuning: StoredTuning, step: int | None = None) -> FineTunedName:
     """Return what a job's model, or its checkpoint after ``step``, is called.
 
-    It is the same each time it is asked, so a job that was killed does not name its model twice.
+    It is the same each time and on every server, so a job that was killed does not name its model twice.
     """
     suffix = tuning.body["user_provided_suffix"] or ""
     suffix = re.sub(r"[^A-Za-z0-9_.-]+", "-", suffix)
     base = tuning.spec["base"]
     assert catalogue.find(base), "checked when the job was made"
+    organization = tuning.body["organization_id"].removeprefix("org-")
     return FineTunedName(base, organization, suffix, tuning.id.removeprefix("ftjob-")[:8], step)
 
 

@@ -84,16 +84,39 @@ class TuningOptions(WireModel):
         early_stopping_patience: End when the validation loss has not fallen for so many epochs, with the best epoch's
             weights; ``None``: train all epochs.
         rank: Of the adapter's matrices.
+        precision: Of the frozen base and of what is computed with it. ``auto``: bf16 on GPUs and on CPUs that multiply
+            in it, fp32 on others. The adapter is fp32 in either case.
         quantize: Keep the base in four bits while training (QLoRA); needs a GPU.
     """
 
     early_stopping_patience: Annotated[int, Field(ge=1, le=50)] | None = None
     rank: Annotated[int, Field(ge=1, le=256)] = AUTO_RANK
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     quantize: Literal["4bit"] | None = None
 
 
-class TrainingSpec(WireModel):
-    """All that a training process needs to know.
+class JobSpec(WireModel):
+    """What is trained, wherever that happens.
+
+    Attributes:
+        method: What is learnt from.
+        hyperparameters: With ``auto`` until the file has been checked.
+        seed: Of the data's order and the adapter's first weights.
+        options: ``x_evermini``.
+        has_validation: There is a validation file.
+        adapter: An adapter to go on from (training a fine-tuned model further): its name, for the process its folder.
+    """
+
+    method: Literal["supervised", "dpo"]
+    hyperparameters: Hyperparameters
+    seed: int
+    options: TuningOptions
+    has_validation: bool
+    adapter: str | None = None
+
+
+class TrainingSpec(JobSpec):
+    """All that a training process needs to know: the job, and the machine that it is on.
 
     Attributes:
         source: The base model: a tier, a path, or ``TIER=PATH``.
@@ -101,12 +124,6 @@ class TrainingSpec(WireModel):
         weights_dir: Folder with weights files already at hand.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: CPU threads; ``None``: one per core.
-        method: What is learnt from.
-        hyperparameters: With ``auto`` until the file has been checked.
-        seed: Of the data's order and the adapter's first weights.
-        options: ``x_evermini``.
-        has_validation: There is a validation file.
-        adapter: Folder of an adapter to go on from (training a fine-tuned model further).
     """
 
     source: str
@@ -114,12 +131,6 @@ class TrainingSpec(WireModel):
     weights_dir: str | None
     device: str
     threads: int | None
-    method: Literal["supervised", "dpo"]
-    hyperparameters: Hyperparameters
-    seed: int
-    options: TuningOptions
-    has_validation: bool
-    adapter: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> TrainingSpec:

@@ -2,7 +2,8 @@
 
 What is known of a job is in the database, what training needs to go on is in the job's folder under the home folder,
 `tuning/ID`. A process that dies is started again from its last checkpoint; a server that dies takes its process with
-it, and the next one goes on. On another machine, which has no such folder, training begins anew.
+it, and the next one goes on. On another machine, which has no such folder, training begins anew, with that machine's
+own device, threads and weights of the tier.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from evermini.service.fine_tuning.spec import (
     TENSORBOARD,
     TRAINING,
     VALIDATION,
+    JobSpec,
     TrainingSpec,
 )
+from evermini.service.loading import name_of_tier
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
 from evermini.storage.fine_tuning import (
@@ -126,7 +129,7 @@ class TuningWorker:
 
     async def _checked(self, job: Job, tuning: StoredTuning, data: dict[str, Any]) -> None:
         spec = {**tuning.spec, "hyperparameters": data["hyperparameters"]}
-        shown = shown_hyperparameters(_training_spec(spec))
+        shown = shown_hyperparameters(_job_spec(spec))
         method = spec["method"]
         body = {
             "hyperparameters": {key: value for key, value in shown.items() if key != "beta"},
@@ -187,7 +190,7 @@ class TuningWorker:
                     await process.kill()
                 match attempt.ending.get("type"):
                     case "finished":
-                        await self._succeed(job, tuning, folder, attempt.ending)
+                        await self._succeed(attempt, folder)
                         return
                     case "failed":
                         await self._fail(job, "training_failed", attempt.ending["message"], None)
@@ -239,6 +242,7 @@ class TuningWorker:
             case "started":
                 step = report["step"]
                 attempt.num_steps = report["num_steps"]
+                attempt.base_weights = report["base_weights"]
                 words = f"Fine-tuning job resumed after step {step}" if step else None
                 event = new_event(words or "Fine-tuning job started")
                 await self._database.run(self._store.started, attempt.job, step, event)
@@ -248,16 +252,17 @@ class TuningWorker:
                     self._gauges.show(attempt.tuning, report, attempt.num_steps)
             case "checkpoint":
                 await self._database.run(attempt.flush)
-                await self._keep(attempt.job, attempt.tuning, folder, report["step"])
+                await self._keep(attempt, folder, report["step"])
             case _:
                 attempt.ending = report
 
-    async def _keep(self, job: Job, tuning: StoredTuning, folder: Path, step: int) -> None:
+    async def _keep(self, attempt: _Attempt, folder: Path, step: int) -> None:
         """Make a model of an epoch's adapter, and delete the oldest if there are too many."""
+        job, tuning = attempt.job, attempt.tuning
         place = folder / ADAPTERS / f"step-{step}"
-        name = str(model_name(tuning, self._settings.organization, step))
+        name = str(model_name(tuning, step))
         metrics = json.loads(await asyncio.to_thread((place / "metrics.json").read_text))
-        await asyncio.to_thread(self._add, place, name, tuning)
+        await asyncio.to_thread(self._add, place, name, attempt)
         checkpoint = TuningCheckpoint(
             f"ftckpt_{random_token(24)}", step, int(time.time()), name, metrics
         )
@@ -269,15 +274,20 @@ class TuningWorker:
         for old in known.rows[KEPT_CHECKPOINTS:]:
             await asyncio.to_thread(self._adapters.delete, old.name)
 
-    def _add(self, place: Path, name: str, tuning: StoredTuning) -> None:
-        self._adapters.add(place, name=name, tier=tuning.spec["tier"], job_id=tuning.id)
+    def _add(self, place: Path, name: str, attempt: _Attempt) -> None:
+        self._adapters.add(
+            place,
+            name=name,
+            tier=attempt.tuning.spec["tier"],
+            job_id=attempt.tuning.id,
+            base_weights=attempt.base_weights,
+        )
 
-    async def _succeed(
-        self, job: Job, tuning: StoredTuning, folder: Path, report: dict[str, Any]
-    ) -> None:
-        name = str(model_name(tuning, self._settings.organization))
+    async def _succeed(self, attempt: _Attempt, folder: Path) -> None:
+        job, tuning, report = attempt.job, attempt.tuning, attempt.ending
+        name = str(model_name(tuning))
         place = folder / ADAPTERS / f"step-{report['adapter_step']}"
-        await asyncio.to_thread(self._add, place, name, tuning)
+        await asyncio.to_thread(self._add, place, name, attempt)
         results = await self._results(tuning)
         body = {"fine_tuned_model": name, "trained_tokens": report["trained_tokens"]}
         events = [
@@ -312,7 +322,7 @@ class TuningWorker:
     async def _prepare(self, job: Job, tuning: StoredTuning, folder: Path) -> bool:
         """Put the files and the specification into a folder; ``False``: a file is gone, and the job has failed."""
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
-        spec = _training_spec(tuning.spec)
+        spec = self._training_spec(tuning)
         for param, name in (("training_file", TRAINING), ("validation_file", VALIDATION)):
             if tuning.body[param] is None or (folder / name).exists():
                 continue
@@ -333,6 +343,18 @@ class TuningWorker:
             spec = spec.model_copy(update={"adapter": str(place)})
         await asyncio.to_thread(spec.write, folder)
         return True
+
+    def _training_spec(self, tuning: StoredTuning) -> TrainingSpec:
+        """Return what the process is told: of the job, and of this machine."""
+        settings = self._settings
+        return TrainingSpec(
+            **dict(_job_spec(tuning.spec)),
+            source=name_of_tier(tuning.spec["tier"], settings),
+            home=str(settings.home),
+            weights_dir=None if settings.weights_dir is None else str(settings.weights_dir),
+            device=settings.device,
+            threads=settings.threads,
+        )
 
     def _copy(self, stored: StoredFile, place: Path) -> None:
         part = place.with_suffix(".part")
@@ -372,6 +394,7 @@ class _Attempt:
         self.job = job
         self.tuning = tuning
         self.num_steps = 0
+        self.base_weights: str | None = None
         self.step = -1
         self.ending: dict[str, Any] = {}
         self._events: list[Event] = []
@@ -412,9 +435,9 @@ class _Attempt:
         return self._store.progress(self.job, events, self._finish)
 
 
-def _training_spec(spec: dict[str, Any]) -> TrainingSpec:
-    """Return what the process is told of a job's specification."""
-    return TrainingSpec.model_validate({key: spec[key] for key in TrainingSpec.model_fields})
+def _job_spec(spec: dict[str, Any]) -> JobSpec:
+    """Return what a job was created with; what else is stored of it is the worker's own."""
+    return JobSpec.model_validate({key: spec[key] for key in JobSpec.model_fields})
 
 
 def _table(steps: Sequence[Event]) -> bytes:
