@@ -108,7 +108,7 @@ def test_from_upload_to_answer(server: tuple[openai.OpenAI, Settings]) -> None:
 
     assert_it_shouts(client, job.fine_tuned_model)
     assert_it_shouts(client, checkpoints[0].fine_tuned_model_checkpoint)
-    assert "TIGER 40!" != shout(client, MODEL), "what the base would have answered"
+    assert shout(client, MODEL) != "TIGER 40!", "what the base would have answered"
     assert client.models.delete(job.fine_tuned_model).deleted
     with pytest.raises(openai.NotFoundError, match="evermini tune import FOLDER --as ft:") as gone:
         shout(client, job.fine_tuned_model)
