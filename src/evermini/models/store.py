@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from evermini.models.catalogue import CatalogueEntry
+from evermini.models.catalogue import PinnedFile
 
 logger = logging.getLogger(__name__)
 
@@ -62,26 +62,26 @@ class ModelStore:
         self.root = home / "models"
         self.packed = home / PACKED
 
-    def folder(self, entry: CatalogueEntry) -> Path:
+    def folder(self, entry: PinnedFile) -> Path:
         """Return the folder that everything of this file lives in."""
         return self.root / entry.sha256
 
-    def path(self, entry: CatalogueEntry) -> Path:
+    def path(self, entry: PinnedFile) -> Path:
         """Return where the weights are, or would be."""
         return self.folder(entry) / entry.filename
 
-    def partial(self, entry: CatalogueEntry) -> Path:
+    def partial(self, entry: PinnedFile) -> Path:
         """Return the folder of unfinished downloads."""
         return self.folder(entry) / "partial"
 
-    def is_trusted(self, entry: CatalogueEntry) -> bool:
+    def is_trusted(self, entry: PinnedFile) -> bool:
         """Return whether the file is there and unchanged since its hash was checked. Reads no content."""
         try:
             return self._stamp(entry).read_text() == _describe(self.path(entry))
         except OSError:
             return False
 
-    def is_verified(self, entry: CatalogueEntry) -> bool:
+    def is_verified(self, entry: PinnedFile) -> bool:
         """Return whether the file is there and has the right hash, reading it where the stamp does not vouch for it."""
         if self.is_trusted(entry):
             return True
@@ -94,7 +94,7 @@ class ModelStore:
         self._write_stamp(entry, before)
         return True
 
-    def adopt(self, entry: CatalogueEntry, file: Path) -> Path:
+    def adopt(self, entry: PinnedFile, file: Path) -> Path:
         """Move a file whose hash was just checked into place, atomically, and drop what it was made from."""
         path = self.path(entry)
         sync_file(file)
@@ -104,11 +104,11 @@ class ModelStore:
         shutil.rmtree(self.partial(entry), ignore_errors=True)
         return path
 
-    def partial_bytes(self, entry: CatalogueEntry) -> int:
+    def partial_bytes(self, entry: PinnedFile) -> int:
         """Return the bytes of an unfinished download."""
         return sum(size for _, size in _files(self.partial(entry)))
 
-    def remove(self, entry: CatalogueEntry) -> int:
+    def remove(self, entry: PinnedFile) -> int:
         """Delete the weights, what was quantised from them and any unfinished download; return the bytes freed."""
         with self.lock(entry):
             freed = sum(size for _, size in _files(self.folder(entry)))
@@ -120,9 +120,7 @@ class ModelStore:
             return freed
 
     @contextlib.contextmanager
-    def lock(
-        self, entry: CatalogueEntry, on_wait: Callable[[], None] | None = None
-    ) -> Iterator[None]:
+    def lock(self, entry: PinnedFile, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold this file's lock across processes and threads; a process that dies releases it.
 
         Args:
@@ -145,10 +143,10 @@ class ModelStore:
         finally:
             lock.release()
 
-    def _stamp(self, entry: CatalogueEntry) -> Path:
+    def _stamp(self, entry: PinnedFile) -> Path:
         return self.folder(entry) / f"{entry.filename}.verified"
 
-    def _write_stamp(self, entry: CatalogueEntry, description: str) -> None:
+    def _write_stamp(self, entry: PinnedFile, description: str) -> None:
         stamp = self._stamp(entry)
         temporary = stamp.with_name(f"{stamp.name}.{os.getpid()}")
         try:

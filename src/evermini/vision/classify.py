@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evermini.models.pull import ensure_entry
+from evermini.models.pull import ensure_file
 from evermini.vision.weights import CLASSIFIER
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Classifier:
     def _network(self) -> _Network:
         import torch
 
-        path = ensure_entry(CLASSIFIER, home=self._home, weights_dir=self._weights_dir)
+        path = ensure_file(CLASSIFIER, home=self._home, weights_dir=self._weights_dir)
         return _Network(torch.load(path, weights_only=True, map_location="cpu"))
 
     @cached_property

