@@ -132,7 +132,17 @@ def test_nothing_invalid_is_written(schema, seed):
             [{}, {"b": 1}, {"c": 1}],
             [{"a": 1}, {"c": 1, "d": 1}],
         ),
-        ({"type": "array", "contains": {"const": 1}}, [[1], [1, 2]], [[], [2]]),
+        ({"type": "array", "contains": {"const": 1}}, [[1], [1, 2], [2, 2, 1, 2]], [[], [2]]),
+        (
+            {"type": "array", "contains": {"type": "null"}, "minContains": 2},
+            [[None, None], [1, None, None]],
+            [[None], [1, None]],
+        ),
+        (
+            {"not": {"type": "array", "items": {"type": "string"}}, "type": "array"},
+            [[1], ["a", 1], ["a", "b", 1, "c"]],
+            [[], ["a"], ["a", "b"]],
+        ),
         (
             {
                 "type": "array",

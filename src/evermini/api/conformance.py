@@ -6,7 +6,7 @@ length, and use ids that nobody has created. With the option
 - every model name is answered to (`Runtime`),
 - the ids below exist, and again after they were deleted,
 - ``model`` and ``input`` are filled in where a body has none, answers are short unless a length is asked for, and
-  ``limit=0`` counts as not given,
+  ``limit=0`` and ``page=page`` count as not given,
 - an upload announced with no bytes has one, and the MD5 checksum "md5" stands for the right one.
 
 Nothing else is different: what the server does not support is refused as ever.
@@ -58,6 +58,7 @@ PART = "string"
 
 _DATA = b"Example data"
 _USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=0)
+_PLACEHOLDERS = {("limit", "0"), ("page", "page")}
 _DEFAULTS: Mapping[str, Json] = {
     "/v1/chat/completions": {"max_completion_tokens": 16},
     "/v1/responses": {"model": "model", "input": "string", "max_output_tokens": 16},
@@ -87,7 +88,7 @@ class ConformanceFixtures:
                 has_part = not scope["path"].endswith("/parts")
                 await self._database.run(_reset_upload, self._database, self._blobs, has_part)
         query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        kept = [pair for pair in query if pair != ("limit", "0")]
+        kept = [pair for pair in query if pair not in _PLACEHOLDERS]
         defaults = _DEFAULTS.get(scope["path"]) if scope["method"] == "POST" else None
         if defaults is not None:
             receive = await _with_defaults(receive, defaults)

@@ -17,6 +17,8 @@ Schema = Json | bool
 TYPES = ("null", "boolean", "number", "string", "array", "object")
 MAX_CHARACTERS = 4000
 """An enum with more is not complemented."""
+PLACES = 4
+"""Of an array, from the first on, where something stands that has to be somewhere: grammars have no "somewhere"."""
 _MAX_DEPTH = 6
 _ONE_CLASS = re.compile(r"\^\[(?P<negated>\^?)(?P<class>(?:[^\]\\]|\\.)+)\](?P<count>[+*])\$")
 _SYNTAX = frozenset(r"\\^$.|?*+()[]{}-&~/")
@@ -131,10 +133,8 @@ class Negation:
     def _items(self, value: Any, schema: Json, depth: int) -> list[Schema]:
         if isinstance(value, list):
             return []
-        return [
-            {"type": "array", "prefixItems": [option], "minItems": 1}
-            for option in self.negate(value, depth)
-        ]
+        options = self.negate(value, depth)
+        return [item_at(place, option) for place in range(PLACES) for option in options]
 
     def _any_of(self, value: Any, schema: Json, depth: int) -> list[Schema]:
         if not isinstance(value, list):
@@ -204,6 +204,12 @@ _COMPLEMENTS: Mapping[str, Complement] = {
     "exclusiveMinimum": _bound("exclusiveMinimum", "number", "maximum", 0),
     "exclusiveMaximum": _bound("exclusiveMaximum", "number", "minimum", 0),
 }
+
+
+def item_at(place: int, item: Schema, count: int = 1) -> Json:
+    """Return the schema of arrays with ``count`` items of a kind from ``place`` (0: the first) on."""
+    prefix = [True] * place + [item] * count
+    return {"type": "array", "prefixItems": prefix, "minItems": len(prefix)}
 
 
 def types_of(schema: Json) -> set[str]:

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from evermini.errors import InvalidRequestError
 from evermini.text.json_formats import ENFORCED_FORMATS, FORMAT_PATTERNS, REFUSED_FORMATS
-from evermini.text.negation import Negation
+from evermini.text.negation import PLACES, Negation, item_at
 from evermini.text.unique import unique_arrays
 
 Json = Mapping[str, Any]
@@ -305,8 +305,7 @@ class _Rewriter:
             )
         if count < 1:
             return []
-        first = {"type": "array", "prefixItems": [value] * count, "minItems": count}
-        return [{"anyOf": [first, _NO_ARRAY]}]
+        return [{"anyOf": [*(item_at(place, value, count) for place in range(PLACES)), _NO_ARRAY]}]
 
     def _property_names(self, value: Any, schema: Json, context: Context) -> list[Schema]:
         allowed = (
