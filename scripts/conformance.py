@@ -57,8 +57,8 @@ has created, and values that the real API refuses (`limit=0`, `max_tokens=0`). S
 - **strict**: the server as it is;
 - **fixtures**: with `--conformance-fixtures`, which answers to any model name, creates the ids that the tests use, and
   fills in `model`, `input` and a short `max_completion_tokens` where a test leaves them out, puts a byte and a checksum
-  where it says `bytes: 0` and `md5: "md5"`, and reads `limit=0` and `page=page` as not given. What the server does not do
-  is refused as ever.
+  where it says `bytes: 0` and `md5: "md5"`, and reads `limit=0` and `page=page` as not given. What the server does not
+  do is refused as ever.
 
 What does not pass with fixtures is listed below, with the server's answer and the reason.
 """
