@@ -70,13 +70,8 @@ class TinyVlm:
     template: str
 
     def inputs(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> dict[str, Any]:
-        """Return what `transformers` computes for a conversation; of the processors' own code, on one path."""
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
-        return self.processor_call(text, images)
-
-    def processor_call(self, text: str, images: list[Image.Image]) -> dict[str, Any]:
+        """Return what `transformers` computes for a conversation, as its processors put it together."""
+        text = self.rendered(messages)
         if not images:
             ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
             return {"input_ids": ids}
@@ -101,6 +96,13 @@ class TinyVlm:
         )
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
         return {**found, "input_ids": ids}
+
+    def rendered(self, messages: list[dict[str, Any]]) -> str:
+        """Return the conversation as the template writes it, with one token for each image."""
+        text: str = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+        )
+        return text
 
     def logits(self, inputs: dict[str, Any]) -> torch.Tensor:
         with torch.no_grad():

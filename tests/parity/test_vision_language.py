@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from evermini.engine.engine import Engine
 from evermini.engine.request import Embedded, SamplingParams
+from evermini.errors import (
+    DamagedCheckpointError,
+    EngineStoppedError,
+    UnsupportedArchitectureError,
+    UnsupportedQuantizationError,
+)
 from evermini.models.batch import BLOCK_SIZE, EmbeddedRows, ForwardBatch, Model
 from evermini.models.checkpoint import Checkpoint, open_checkpoint
 from evermini.models.decoder import Decoder
 from evermini.models.load import load_model
+from evermini.models.merge import MergedCheckpoint
 from evermini.service.sight import Sight, place
 from evermini.text.chat import IMAGE_MARK, ChatTemplate
 from evermini.text.tokenizer import Tokenizer
 from evermini.vision.tower import load_tower
+from tests.adapters import random_lora
 from tests.batches import make_batch
 from tests.fakes import Outcome
 from tests.images import encoded
@@ -72,7 +84,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tower = load_tower(checkpoint)
     assert tower is not None
     tokenizer = Tokenizer(checkpoint.tokenizer)
-    return Loaded(oracle, checkpoint, Sight(tower, tokenizer), ChatTemplate(tokenizer))
+    return Loaded(oracle, checkpoint, Sight(tower, tokenizer, window=1024), ChatTemplate(tokenizer))
 
 
 def whole_batch(ids: list[int], embedded: Embedded | None) -> ForwardBatch:
@@ -193,3 +205,111 @@ def test_the_cache_tells_images_apart(loaded: Loaded) -> None:
     assert again.tokens == fresh.tokens
     alone = run(engine_of(loaded, "fp32"), {"d": loaded.prompt(other)}, 8)["d"]
     assert foreign.tokens == alone.tokens
+
+
+def test_images_are_computed_once_and_again_when_forgotten(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = load_tower(loaded.checkpoint)
+    assert tower is not None
+    computed = []
+    encode = tower.encode
+    monkeypatch.setattr(tower, "encode", lambda image: computed.append(1) or encode(image))
+    tokenizer = Tokenizer(loaded.checkpoint.tokenizer)
+    data = encoded(WIDE)
+
+    async def values(sight: Sight) -> torch.Tensor:
+        seen = await sight.look(data, "auto")
+        ids, places = place([sight.image_token_id], sight.image_token_id, [seen])
+        return torch.cat([run.values for run in (await sight.embed(ids, places)).runs])
+
+    async def twice(sight: Sight) -> list[torch.Tensor]:
+        return await asyncio.gather(values(sight), values(sight))
+
+    keeping = Sight(tower, tokenizer, window=1024)
+    first, second = asyncio.run(twice(keeping))
+    assert len(computed) == 1
+    assert torch.equal(first, second)
+    forgetful = Sight(tower, tokenizer, window=1024, max_bytes=1)
+    for again in asyncio.run(twice(forgetful)):
+        assert torch.equal(first, again)
+    assert len(computed) == 3
+    for sight in (keeping, forgetful):
+        sight.close()
+    with pytest.raises(EngineStoppedError):
+        asyncio.run(values(keeping))
+
+
+def test_the_language_model_can_be_trained_and_not_merged(loaded: Loaded, tmp_path: Path) -> None:
+    """Adapters are trained on text; a merged model would have lost its eyes without a word."""
+    pytest.importorskip("accelerate")
+    from evermini.tuning.base import load_base
+
+    ids, _ = loaded.prompt(CONVERSATIONS["none"])
+    with torch.no_grad():
+        base = load_base(loaded.checkpoint, device=torch.device("cpu"))
+        expected = base(torch.tensor([ids])).logits[0]
+    logits = logits_of(Decoder(loaded.checkpoint), ids, None)
+    assert (logits - expected).abs().max().item() <= TOLERANCE
+    with pytest.raises(UnsupportedArchitectureError, match="Export the adapter as peft"):
+        MergedCheckpoint(loaded.checkpoint, random_lora(tmp_path, loaded.checkpoint.config))
+
+
+def test_what_newer_versions_of_transformers_name_otherwise_is_found(
+    loaded: Loaded, tmp_path: Path
+) -> None:
+    """Qwen2.5-VL's parameters are published as `model.*` and `visual.*`, or as parts of one model."""
+    if loaded.oracle.family != "qwen2_5_vl":
+        pytest.skip("the others have one form")
+    for file in loaded.oracle.path.iterdir():
+        shutil.copy(file, tmp_path)
+    state = {name: tensor.clone() for name, tensor in loaded.oracle.model.state_dict().items()}
+    assert "model.language_model.norm.weight" in state
+    del state["lm_head.weight"]  # tied
+    save_file(state, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")  # published ones spread it over the whole
+    rope = text.pop("rope_parameters")
+    scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    config |= {k: v for k, v in text.items() if k != "model_type"}
+    config |= {"rope_scaling": scaling, "rope_theta": rope["rope_theta"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    renamed = open_checkpoint(tmp_path)
+    ids, embedded = loaded.prompt(CONVERSATIONS["two"])
+    assert torch.equal(
+        logits_of(Decoder(renamed), ids, embedded),
+        logits_of(Decoder(loaded.checkpoint), ids, embedded),
+    )
+    tower, other = load_tower(loaded.checkpoint), load_tower(renamed)
+    assert tower is not None
+    assert other is not None
+    assert torch.equal(tower.encode(tower.prepare(WIDE)), other.encode(other.prepare(WIDE)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, UnsupportedArchitectureError, "SmolVLMFor"),
+        ({"image_token_id": None}, DamagedCheckpointError, "image_token_id"),
+        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedQuantizationError, "awq"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_said_when_it_is_opened(
+    loaded: Loaded, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    for file in loaded.oracle.path.iterdir():
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(error, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_weights_that_are_not_the_towers_are_damage(loaded: Loaded, tmp_path: Path) -> None:
+    for file in loaded.oracle.path.iterdir():
+        shutil.copy(file, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["intermediate_size"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedCheckpointError, match="vision tower"):
+        load_tower(open_checkpoint(tmp_path))

@@ -40,7 +40,7 @@ from evermini.service.files import FileService
 from evermini.service.messages import ContentPart
 from evermini.service.parts import wrap_document
 from evermini.service.schemas import ChatRequest
-from evermini.service.sight import Sight
+from evermini.service.sight import Seen, Sight
 from evermini.storage.files import StoredFile
 from evermini.text.chat import IMAGE_MARK
 
@@ -140,10 +140,14 @@ class Documents:
                 code="array_above_max_length",
             )
         parts = [list(message.content or ()) for message in request.messages]
+        looked_at: list[Seen] = []
         for order, (number, place, part) in enumerate(places, start=1):
             path = f"messages[{number}].content[{place}].{part.type}"
             perceived = await self._perceive(part, path, order, sight)
             parts[number][place] = part.with_perceived(perceived)
+            if sight is not None and perceived.seen is not None:
+                looked_at.append(perceived.seen)
+                sight.check(looked_at)
         messages = [
             message.model_copy(update={"content": content}) if content else message
             for message, content in zip(request.messages, parts, strict=True)

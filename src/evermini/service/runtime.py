@@ -240,8 +240,8 @@ def load_tier(
     template = ChatTemplate(tokenizer)
     device = loaded.model.device if isinstance(loaded.model, Decoder) else "cpu"
     tower = load_tower(checkpoint, device=device)
-    sight = None if tower is None else Sight(tower, tokenizer)
     worker = start_worker(loaded.model, settings)
+    sight = None if tower is None else Sight(tower, tokenizer, window=worker.max_model_len)
     reader = None
     if settings.recall:
         reader = LongReader(

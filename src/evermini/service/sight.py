@@ -26,7 +26,13 @@ import numpy as np
 from torch import Tensor
 
 from evermini.engine.request import Embedded, EmbeddedRun
-from evermini.errors import EngineError, EngineStoppedError, InvalidRequestError
+from evermini.errors import (
+    ContextLengthError,
+    DamagedCheckpointError,
+    EngineError,
+    EngineStoppedError,
+    InvalidRequestError,
+)
 from evermini.service import tracing
 from evermini.service.attachments import Detail
 from evermini.service.image_tokens import LOW_PIXELS, MAX_PATCHES, PATCH
@@ -49,14 +55,18 @@ class Seen:
 
     Attributes:
         key: Hash of the image file and of how it is looked at.
+        data: The file, until it was computed.
+        is_low: It is looked at in 512 pixels.
         size: Width and height in pixels, upright, as it was sent.
         token_ids: What stands in the prompt in its place.
         grid: Rows and columns of its tokens' positions, for models whose positions have three axes.
-        waiting: What the tower takes, until it was computed.
-        values: (tokens, hidden_size) float32, once it was.
+        waiting: What the tower takes, if it is at hand.
+        values: (tokens, hidden_size) float32, once it was computed.
     """
 
     key: bytes
+    data: bytes
+    is_low: bool
     size: tuple[int, int]
     token_ids: tuple[int, ...]
     grid: tuple[int, int] | None
@@ -67,7 +77,8 @@ class Seen:
     def num_bytes(self) -> int:
         """Memory it takes."""
         waiting = 0 if self.waiting is None else self.waiting.num_bytes
-        return waiting + (0 if self.values is None else self.values.nbytes)
+        values = 0 if self.values is None else self.values.nbytes
+        return len(self.data) + waiting + values
 
 
 @dataclass(frozen=True)
@@ -84,12 +95,27 @@ class Sight:
     Args:
         tower: The model's vision tower.
         tokenizer: The model's tokenizer.
+        window: Tokens that the engine takes.
         max_bytes: Memory of what is kept.
+
+    Raises:
+        DamagedCheckpointError: The tokenizer and the tower do not fit together.
     """
 
     def __init__(
-        self, tower: VisionTower, tokenizer: Tokenizer, *, max_bytes: int = KEPT_BYTES
+        self,
+        tower: VisionTower,
+        tokenizer: Tokenizer,
+        *,
+        window: int,
+        max_bytes: int = KEPT_BYTES,
     ) -> None:
+        if tower.image_token_id not in tokenizer.special_ids:
+            raise DamagedCheckpointError(
+                f"The checkpoint's image token {tower.image_token_id} is none of its tokenizer's special tokens. "
+                "Fetch config.json and tokenizer.json again."
+            )
+        self._window = window
         self.image_token_id = tower.image_token_id
         self._tower = tower
         self._tokenizer = tokenizer
@@ -112,6 +138,20 @@ class Sight:
             EngineStoppedError: This was closed.
         """
         return await self._in_pool(self._look, data, detail)
+
+    def check(self, images: Sequence[Seen]) -> None:
+        """Check that images alone do not exceed the window, before more of them are opened.
+
+        Raises:
+            ContextLengthError: They do.
+        """
+        num_tokens = sum(len(image.token_ids) for image in images)
+        if num_tokens >= self._window:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self._window} tokens. However, the first {len(images)} "
+                f"images of the messages take {num_tokens}. Please send fewer images, or send them with detail 'low'.",
+                param="messages",
+            )
 
     async def embed(self, token_ids: Sequence[int], places: Sequence[Place]) -> Embedded:
         """Return what the engine reads where a prompt has images.
@@ -145,16 +185,20 @@ class Sight:
         if (known := self._known.get(key)) is not None:
             self._known.move_to_end(key)
             return known
+        size, waiting = self._prepare(data, is_low)
+        token_ids = tuple(self._ids(waiting.segments))
+        seen = Seen(key, data, is_low, size, token_ids, waiting.grid, waiting)
+        self._known[key] = seen
+        self._trim()
+        return seen
+
+    def _prepare(self, data: bytes, is_low: bool) -> tuple[tuple[int, int], TowerInput]:
+        """Return an image's size, and the image as the tower takes it."""
         picture = open_image(data)
         width, height = picture.size
         fit = min(1.0, math.sqrt(MAX_PIXELS / (width * height)))
         longest = LOW_PIXELS if is_low else max(1, math.floor(max(width, height) * fit))
-        waiting = self._tower.prepare(shrunk(picture.image, longest))
-        token_ids = tuple(self._ids(waiting.segments))
-        seen = Seen(key, picture.size, token_ids, waiting.grid, waiting)
-        self._known[key] = seen
-        self._trim()
-        return seen
+        return picture.size, self._tower.prepare(shrunk(picture.image, longest))
 
     def _ids(self, segments: Sequence[str | int]) -> list[int]:
         split = self._tokenizer.split_special
@@ -164,23 +208,25 @@ class Sight:
     def _values(self, seen: Seen) -> Tensor:
         """Return an image's embeddings, computed at most once."""
         if seen.values is None:
-            assert seen.waiting is not None, "what is not computed waits"
+            waiting = seen.waiting or self._prepare(seen.data, seen.is_low)[1]
             try:
-                seen.values = self._tower.encode(seen.waiting)
+                seen.values = self._tower.encode(waiting)
             except RuntimeError as error:
                 raise EngineError(
                     f"The model failed while looking at an image ({error}). The server goes on; send the request "
                     "again, or a smaller image if memory ran out."
                 ) from error
-            seen.waiting = None
+            seen.waiting, seen.data = None, b""
             self._trim()
         return seen.values
 
     def _trim(self) -> None:
+        """Forget the oldest; a request that has one of them still prepares it anew when its turn comes."""
         size = sum(seen.num_bytes for seen in self._known.values())
         while size > self._max_bytes:
             _, oldest = self._known.popitem(last=False)
             size -= oldest.num_bytes
+            oldest.waiting = None
 
     async def _in_pool(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._is_closed:

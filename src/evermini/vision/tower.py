@@ -61,6 +61,9 @@ class VisionTower(ABC):
         device: Where to compute: float32 on the CPU, bfloat16 on CUDA.
     """
 
+    output: str
+    """Name of the weights whose first dimension is the width of what `encode` returns."""
+
     def __init__(self, source: VisionSource, checkpoint: Checkpoint, device: torch.device) -> None:
         from transformers import AutoConfig, AutoImageProcessor
 
@@ -82,7 +85,7 @@ class VisionTower(ABC):
 
         with no_init_weights():
             self._modules = self._build()
-        _load(self._modules, checkpoint, source)
+        _load(self._modules, checkpoint, source, self.output)
         for module in self._modules.values():
             module.to(device=device, dtype=self._dtype).eval()
         parameters = sum(p.numel() for m in self._modules.values() for p in m.parameters())
@@ -125,6 +128,8 @@ class VisionTower(ABC):
 class QwenTower(VisionTower):
     """Qwen2.5-VL's."""
 
+    output = "merger.mlp.2.weight"
+
     def _build(self) -> dict[str, torch.nn.Module]:
         from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
 
@@ -151,6 +156,8 @@ class QwenTower(VisionTower):
 
 class IdeficsTower(VisionTower):
     """Idefics3's and SmolVLM's, which differ in the names of their classes."""
+
+    output = "connector.modality_projection.proj.weight"
 
     def _build(self) -> dict[str, torch.nn.Module]:
         config = self._config
@@ -236,7 +243,7 @@ def load_tower(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") ->
 
 
 def _load(
-    modules: dict[str, torch.nn.Module], checkpoint: Checkpoint, source: VisionSource
+    modules: dict[str, torch.nn.Module], checkpoint: Checkpoint, source: VisionSource, output: str
 ) -> None:
     """Copy the weights, one tensor in memory at a time.
 
@@ -251,6 +258,8 @@ def _load(
     differing = sorted(wanted.keys() ^ source.shapes.keys()) or [
         name for name, tensor in wanted.items() if tuple(tensor.shape) != source.shapes[name]
     ]
+    if source.shapes.get(output, ())[:1] != (checkpoint.config.hidden_size,):
+        differing.append(output)
     if differing:
         raise DamagedCheckpointError(
             f"{checkpoint.path}: the weights of its vision tower are not those that config.json calls for, such as "
