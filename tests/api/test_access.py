@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from sqlalchemy import make_url
 
 from evermini.config import Settings
-from evermini.service import access
+from evermini.service import access, rate_limits
 from evermini.service.access import new_key
 from evermini.service.runtime import Runtime
 from evermini.storage.database import Database
 from evermini.storage.keys import KeyStore
+from tests.databases import postgres_server
 from tests.serving import CHAT, HELLO, assert_error, make_client, serving, wait_for
 
 MODEL = "gpt-4.1-nano"
@@ -162,6 +165,29 @@ class TestLimits:
 
             wait_for(lambda: is_refused(here), 60)
             wait_for(lambda: is_refused(there), 5)  # counts are written twice a second
+
+    def test_servers_of_one_database_share_them(
+        self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rate_limits, "PATIENCE", 30.0)  # a busy machine's database is slow
+        limit, began = 20, time.monotonic()
+        with postgres_server() as url, ExitStack() as stack:
+            opened = [
+                stack.enter_context(Database(make_url(url).set(drivername="postgresql+psycopg")))
+                for _ in range(2)
+            ]
+            secret = add_key(opened[0], requests_per_minute=limit)
+            servers = [stack.enter_context(serving(runtime, database=one)) for one in opened]
+            headers = {"authorization": f"Bearer {secret}"}
+
+            def is_counted(server: str) -> bool:  # also a request that is malformed
+                answer = httpx.post(f"{server}/v1/chat/completions", headers=headers, json={})
+                assert answer.status_code in (400, 429), answer.text
+                return answer.status_code == 400
+
+            counted = sum(is_counted(servers[n % 2]) for n in range(3 * limit))
+            refilled = (time.monotonic() - began) * limit / 60 + 1
+            assert limit <= counted <= limit + 2 + refilled
 
 
 class TestUsage:

@@ -146,11 +146,13 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         meter.start()
+        access.start()
         jobs.start()
         await ingests.follow_deletions()
         yield
         await jobs.stop(settings.drain_timeout)
         await ingests.stop()
+        await access.stop()
         await meter.stop()
         documents.close()
 

@@ -6,8 +6,8 @@
     await access.admit(key)                  # 429
 
 Keys lie hashed in the database; a lookup is remembered for `MEMORY_SECONDS`, so a revoked key works that long at most.
-Limits count per server process: behind two processes a key has twice its requests per minute. Budgets hold for all
-processes together: each counts its own requests at once, and those of the others every `BUDGET_SECONDS`.
+Requests and tokens per minute are counted by `evermini.service.rate_limits`. Budgets hold for all processes together:
+each counts its own requests at once, and those of the others every `BUDGET_SECONDS`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import get_args
 
@@ -28,10 +28,10 @@ from evermini.errors import (
     InvalidRequestError,
     PermissionDeniedError,
     QuotaError,
-    RateLimitError,
 )
 from evermini.service.metering import Meter
 from evermini.service.prices import price_of
+from evermini.service.rate_limits import RateLimits
 from evermini.storage.database import Database
 from evermini.storage.keys import ApiKey, KeyStore
 from evermini.storage.schema import Scope
@@ -49,41 +49,9 @@ _ADMIN_PATHS = ("/v1/organization", "/v1/fine_tuning/checkpoints")
 
 
 @dataclass
-class _Bucket:
-    """Fills by ``per_minute`` a minute, up to one minute's worth; may be overdrawn, and then has to fill up again."""
-
-    per_minute: int
-    level: float = 0.0
-    at: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.level = float(self.per_minute)
-
-    def now(self) -> float:
-        now = time.monotonic()
-        self.level = min(
-            float(self.per_minute), self.level + (now - self.at) * self.per_minute / 60
-        )
-        self.at = now
-        return self.level
-
-    def seconds_until(self, level: float) -> float:
-        return max(0.0, (level - self.now()) * 60 / self.per_minute)
-
-    def headers(self, what: str) -> dict[str, str]:
-        return {
-            f"x-ratelimit-limit-{what}": str(self.per_minute),
-            f"x-ratelimit-remaining-{what}": str(max(0, math.floor(self.now()))),
-            f"x-ratelimit-reset-{what}": f"{self.seconds_until(self.per_minute):.3f}s",
-        }
-
-
-@dataclass
-class _Account:
-    requests: _Bucket | None
-    tokens: _Bucket | None
-    spent: float | None = None
-    """US dollars in ``month``; ``None``: not asked for yet."""
+class _Spending:
+    dollars: float | None = None
+    """In ``month``; ``None``: not asked for yet."""
     month: int = 0
     asked_at: float = -math.inf
 
@@ -103,10 +71,19 @@ class Access:
         self._static = [key.encode() for key in static_keys]
         self._meter = meter
         self._known: OrderedDict[str, tuple[float, ApiKey | None]] = OrderedDict()
-        self._accounts: dict[str, _Account] = {}
+        self._limits = RateLimits(database)
+        self._spending: dict[str, _Spending] = {}
         self._asks = bool(static_keys)
         self._looked = -math.inf
         meter.observers.append(self._spend)
+
+    def start(self) -> None:
+        """Begin to agree with other processes. Needs the event loop."""
+        self._limits.start()
+
+    async def stop(self) -> None:
+        """Tell other processes what is left to tell."""
+        await self._limits.stop()
 
     async def identify(self, header: str) -> ApiKey | None:
         """Return the key of a request; ``None``: it is one of the settings', or no key is asked for.
@@ -169,37 +146,18 @@ class Access:
         """
         if key is None:
             return
-        account = self._account(key)
         if key.monthly_budget is not None:
-            spent = await self._spent(key, account)
+            spent = await self._spent(key, self._spending.setdefault(key.id, _Spending()))
             if spent >= key.monthly_budget:
                 raise QuotaError(
                     f"You exceeded your current quota: the key {key.shown} has spent ${spent:.2f} of its "
                     f"${key.monthly_budget:.2f} this month. Ask this server's operator for more."
                 )
-        for what, bucket in (("tokens", account.tokens), ("requests", account.requests)):
-            needed = 1.0 if what == "requests" else 0.0
-            if bucket is not None and (bucket.now() < needed or bucket.level <= 0):
-                wait = bucket.seconds_until(max(needed, 1.0))
-                used = math.ceil(bucket.per_minute - bucket.level)
-                raise RateLimitError(
-                    f"Rate limit reached for {what} per min: Limit {bucket.per_minute}, Used {used}. Please try again "
-                    f"in {wait:.3f}s.",
-                    retry_after=wait,
-                )
-        if account.requests is not None:
-            account.requests.level -= 1
+        await self._limits.admit(key)
 
     def headers(self, key: ApiKey | None) -> dict[str, str]:
         """Return the ``x-ratelimit-*`` headers of a response."""
-        if key is None or key.id not in self._accounts:
-            return {}
-        account = self._accounts[key.id]
-        found: dict[str, str] = {}
-        for what, bucket in (("requests", account.requests), ("tokens", account.tokens)):
-            if bucket is not None:
-                found |= bucket.headers(what)
-        return found
+        return {} if key is None else self._limits.headers(key)
 
     async def _is_asked(self) -> bool:
         """Return whether requests need a key: from the first key that exists on, even if all are revoked by now."""
@@ -218,39 +176,27 @@ class Access:
                 self._known.popitem(last=False)
         return key
 
-    def _account(self, key: ApiKey) -> _Account:
-        account = self._accounts.get(key.id)
-        if account is None:
-            requests, tokens = (
-                None if limit is None else _Bucket(limit)
-                for limit in (key.requests_per_minute, key.tokens_per_minute)
-            )
-            account = self._accounts[key.id] = _Account(requests, tokens)
-        return account
-
-    async def _spent(self, key: ApiKey, account: _Account) -> float:
+    async def _spent(self, key: ApiKey, spending: _Spending) -> float:
         start = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
         month = int(start.timestamp())
         now = time.monotonic()
         if (
-            account.spent is None
-            or account.month != month
-            or now - account.asked_at > BUDGET_SECONDS
+            spending.dollars is None
+            or spending.month != month
+            or now - spending.asked_at > BUDGET_SECONDS
         ):
             await self._meter.flush()
-            account.spent = await self._meter.cost_since(key.id, month)
-            account.month, account.asked_at = month, now
-        return account.spent
+            spending.dollars = await self._meter.cost_since(key.id, month)
+            spending.month, spending.asked_at = month, now
+        return spending.dollars
 
     def _spend(self, used: Used) -> None:
-        account = self._accounts.get(used.key_id or "")
-        if account is None:
+        if used.key_id is None:
             return
-        if account.tokens is not None:
-            account.tokens.now()
-            account.tokens.level -= used.input_tokens + used.output_tokens
-        if account.spent is not None:
-            account.spent += price_of(used.model).cost(
+        self._limits.spend(used.key_id, used.input_tokens + used.output_tokens)
+        spending = self._spending.get(used.key_id)
+        if spending is not None and spending.dollars is not None:
+            spending.dollars += price_of(used.model).cost(
                 used.input_tokens, used.cached_tokens, used.output_tokens, is_batch=used.is_batch
             )
 
