@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -49,11 +51,12 @@ def test_is_a_safetensors_file(nano_path: Path, home: Path) -> None:
             assert torch.equal(theirs.get_tensor(name), ours[name])
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_no_half_file_is_left(
-    nano_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nano_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(name: str, *_: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(packed, "pack_linear", full)
     with pytest.raises(DiskSpaceError, match="EVERMINI_HOME"):

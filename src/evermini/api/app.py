@@ -178,15 +178,21 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
     worker = BatchWorker(
         database, app.state.files, batches.executor(app), num_requests=settings.batch_requests
     )
-    jobs.handle(BATCH_JOB, worker, num_slots=NUM_BATCHES)
-    jobs.handle(RESPONSE_JOB, service.background, num_slots=settings.max_num_seqs, finishes=True)
+    jobs.handle(BATCH_JOB, worker, give_up=worker.give_up, num_slots=NUM_BATCHES)
+    jobs.handle(
+        RESPONSE_JOB,
+        service.background,
+        give_up=service.background.give_up,
+        num_slots=settings.max_num_seqs,
+        finishes=True,
+    )
     app.state.permissions = Permissions(database, adapters)
     app.state.fine_tuning = FineTuning(database, app.state.files, adapters, settings)
     tuning = TuningWorker(database, app.state.files, adapters, settings, runtime.metrics.tuning)
     # Jobs of conformance fixtures have no real files; those of a shared database are left to servers that can train.
     if not settings.conformance_fixtures and not missing_packages():
-        jobs.handle(CHECK_JOB, tuning.check, num_slots=1)
-        jobs.handle(TRAINING_JOB, tuning.train, num_slots=1)
+        jobs.handle(CHECK_JOB, tuning.check, give_up=tuning.give_up, num_slots=1)
+        jobs.handle(TRAINING_JOB, tuning.train, give_up=tuning.give_up, num_slots=1)
     app.state.jobs = jobs
     app.state.readiness = readiness
     app.state.responses = service

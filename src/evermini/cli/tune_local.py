@@ -150,8 +150,8 @@ async def _work(settings: Settings, parts: _Parts, job_id: str) -> StoredTuning:
 async def _running(settings: Settings, parts: _Parts) -> AsyncIterator[None]:
     worker = TuningWorker(parts.database, parts.files, parts.adapters, settings)
     jobs = JobRunner(parts.database)
-    jobs.handle(CHECK, worker.check, num_slots=1)
-    jobs.handle(TRAIN, worker.train, num_slots=1)
+    jobs.handle(CHECK, worker.check, give_up=worker.give_up, num_slots=1)
+    jobs.handle(TRAIN, worker.train, give_up=worker.give_up, num_slots=1)
     jobs.start()
     try:
         yield

@@ -11,7 +11,6 @@ renamed when whole. Its metadata tells the format version and the checkpoint's f
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import mmap
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
-from evermini.errors import DiskSpaceError
+from evermini.errors import DiskSpaceError, is_disk_full
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.decoder import load_layer
 from evermini.models.quantize import PANEL, quantize_weight
@@ -152,7 +151,7 @@ def _write(path: Path, tensors: Iterator[tuple[str, Tensor]], metadata: dict[str
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if not is_disk_full(error):
             raise
         raise DiskSpaceError(
             f"The quantised weights do not fit on the disk of {path.parent}. "

@@ -24,7 +24,7 @@ from evermini.recall.recall import Progress
 from evermini.recall.segment import cut
 from evermini.service.documents import Documents
 from evermini.service.files import FileService
-from evermini.service.jobs import JobRunner, LeaveJobError
+from evermini.service.jobs import FAILED, JobRunner, LeaveJobError
 from evermini.service.reading import LongReader
 from evermini.service.runtime import Runtime
 from evermini.storage.database import Database
@@ -69,7 +69,7 @@ class IngestService:
         }
         self._later: asyncio.Task[None] | None = None
         for model in self._readers:
-            jobs.handle(kind(model), self._work, num_slots=1)
+            jobs.handle(kind(model), self._work, give_up=self._give_up, num_slots=1)
 
     def check(self, name: str | None, purpose: str) -> str | None:
         """Return the id of the model that a file of some purpose is to be indexed for; ``None``: none was named.
@@ -186,6 +186,10 @@ class IngestService:
             return
         await self._database.run(self._store.end, job, num_tokens, None)
         log.info("file %s: %d tokens are indexed", file.id, num_tokens)
+
+    async def _give_up(self, job: Job) -> None:
+        """End an ingest as failed that the server cannot do."""
+        await self._database.run(self._store.end, job, None, FAILED)
 
 
 def ingest_object(ingest: StoredIngest) -> dict[str, object]:

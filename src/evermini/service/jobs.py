@@ -1,8 +1,9 @@
 """Works on the jobs in the database, in this process's event loop, beside other processes that do the same.
 
 A job is taken up where its last worker left it, after a crash as after a restart: handlers keep their progress in the
-database, under the job's lease. One that raises is tried again, later each time in a row; one whose lease is lost is
-stopped.
+database, under the lease. One whose lease is lost is stopped. One that raises is tried again, later each time in a
+row: without end while the storage fails or a handler leaves the job to others, since somebody repairs that; otherwise
+`MAX_FAILURES` times, in whatever processes. Then its kind gives it up: what it was done to ends as failed.
 """
 
 from __future__ import annotations
@@ -37,6 +38,15 @@ MAX_BACKOFF = 300.0
 MAX_STORAGE_BACKOFF = 10.0
 """Longest pause when the database or the files could not be used: somebody repairs that."""
 
+MAX_FAILURES = 5
+"""Failures that are a job's own after which it is given up."""
+
+FAILED = (
+    f"The server failed {MAX_FAILURES} times while it worked on this, so it has given up. The server's log tells the "
+    "cause; send it again when its operator has seen to that."
+)
+"""What clients are told then."""
+
 Handler = Callable[[Job], Awaitable[None]]
 """Does a job, and ends it in the database as its last change."""
 
@@ -48,6 +58,7 @@ class LeaveJobError(Exception):
 @dataclass
 class _Kind:
     handler: Handler
+    give_up: Handler
     free_slots: int
     finishes: bool
 
@@ -71,17 +82,24 @@ class JobRunner:
         self._drained_at: float | None = None
 
     def handle(
-        self, kind: str, handler: Handler, *, num_slots: int, finishes: bool = False
+        self,
+        kind: str,
+        handler: Handler,
+        *,
+        give_up: Handler,
+        num_slots: int,
+        finishes: bool = False,
     ) -> None:
         """Work on a kind of jobs.
 
         Args:
             kind: The kind.
             handler: What does them.
+            give_up: What ends them as failed, with `FAILED` as the reason.
             num_slots: How many at a time.
             finishes: When the process is to end, they get time to finish: the next process would have to begin anew.
         """
-        self._kinds[kind] = _Kind(handler, num_slots, finishes)
+        self._kinds[kind] = _Kind(handler, give_up, num_slots, finishes)
 
     def start(self) -> None:
         """Begin to look for jobs. Needs the event loop."""
@@ -159,7 +177,7 @@ class JobRunner:
     def _begin(self, job: Job) -> None:
         kind = self._kinds[job.kind]
         kind.free_slots -= 1
-        task = asyncio.create_task(self._work(job, kind.handler))
+        task = asyncio.create_task(self._work(job, kind))
         self._tasks[job] = task
 
         def ended(_: asyncio.Task[None]) -> None:
@@ -169,10 +187,13 @@ class JobRunner:
 
         task.add_done_callback(ended)
 
-    async def _work(self, job: Job, handler: Handler) -> None:
+    async def _work(self, job: Job, kind: _Kind) -> None:
         structlog.contextvars.bind_contextvars(job=f"{job.kind} {job.subject}")
+        is_given_up = job.num_failures >= MAX_FAILURES
         try:
-            work = asyncio.ensure_future(_traced(handler, job))
+            work = asyncio.ensure_future(
+                _traced(kind.give_up if is_given_up else kind.handler, job)
+            )
             keeper = asyncio.create_task(self._keep(job, work))
             try:
                 await work
@@ -181,6 +202,8 @@ class JobRunner:
                 keeper.cancel()
                 await asyncio.gather(work, keeper, return_exceptions=True)
             self._failures.pop(job.subject, None)
+            if is_given_up:
+                log.error("job given up after %d failures", job.num_failures)
         except LeaseLostError as error:
             self._failures.pop(job.subject, None)
             log.info("%s", error.message)
@@ -191,12 +214,14 @@ class JobRunner:
             if isinstance(error, LeaveJobError | StorageError):
                 pause = self._pause(job, MAX_STORAGE_BACKOFF)
                 log.warning("job left: %s Again in %.0f s.", error, pause)
+                await self._give_back(job, pause)
             else:
-                pause = self._pause(job, MAX_BACKOFF)
+                is_last = job.num_failures + 1 == MAX_FAILURES
+                pause = 0.0 if is_last else self._pause(job, MAX_BACKOFF)
                 # As text: renderers that show local variables would write prompts into the log.
                 text = "".join(traceback.format_exception(error))
                 log.error("job failed; again in %.0f s: %s", pause, text)
-            await self._give_back(job, pause)
+                await self._give_back(job, pause, has_failed=self._drained_at is None)
 
     def _pause(self, job: Job, longest: float) -> float:
         """Return how long to wait after another failure in a row; claims after a crash are none."""
@@ -223,9 +248,9 @@ class JobRunner:
                     work.cancel()
                     return
 
-    async def _give_back(self, job: Job, pause: float) -> None:
+    async def _give_back(self, job: Job, pause: float, *, has_failed: bool = False) -> None:
         with contextlib.suppress(StorageError):  # else the lease runs out by itself
-            await self._database.run(self._store.retry, job, pause)
+            await self._database.run(self._store.retry, job, pause, has_failed=has_failed)
 
 
 async def _traced(handler: Handler, job: Job) -> None:

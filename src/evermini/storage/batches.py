@@ -284,8 +284,17 @@ class BatchStore:
         output: StoredFile | None,
         errors: StoredFile | None,
         now: int,
+        reasons: Sequence[Json] = (),
     ) -> None:
         """End a batch: its files, its state and the end of its job are one change; the results lie in the files now.
+
+        Args:
+            job: The batch's job.
+            status: How it ends.
+            output: The file of answers.
+            errors: The file of errors.
+            now: Unix time.
+            reasons: Why it has failed as a whole.
 
         Raises:
             LeaseLostError: The job is another's.
@@ -304,6 +313,7 @@ class BatchStore:
                 **{"status": status, f"{status}_at": now},
                 output_file_id=output and output.id,
                 error_file_id=errors and errors.id,
+                errors={"object": "list", "data": list(reasons)} if reasons else None,
             )
             session.execute(delete(BatchResultRow).where(BatchResultRow.batch == row.number))
             finish(session, job)

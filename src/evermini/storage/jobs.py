@@ -42,6 +42,7 @@ class JobRow(Base):
     subject: Mapped[str] = mapped_column(unique=True)
     run_after: Mapped[float] = mapped_column(Double)
     num_attempts: Mapped[int]
+    num_failures: Mapped[int] = mapped_column(server_default="0")
     owner: Mapped[str | None]
     lease_expires: Mapped[float | None] = mapped_column(Double)
 
@@ -55,12 +56,14 @@ class Job:
         subject: Id of what it is done to.
         attempt: Counts the claims, from 1.
         owner: Who has claimed it.
+        num_failures: How often it has failed for reasons of its own before.
     """
 
     kind: str
     subject: str
     attempt: int
     owner: str
+    num_failures: int = 0
 
 
 class LeaseLostError(StorageError):
@@ -104,7 +107,7 @@ class JobStore:
                 return None
             row.owner, row.lease_expires = owner, now + lease
             row.num_attempts += 1
-            return Job(row.kind, row.subject, row.num_attempts, owner)
+            return Job(row.kind, row.subject, row.num_attempts, owner, row.num_failures)
 
     def renew(self, job: Job, lease: float) -> None:
         """Keep a job for ``lease`` more seconds.
@@ -117,20 +120,33 @@ class JobStore:
             done = session.execute(update(JobRow).where(*_mine(job)).values(lease_expires=expires))
             _require(done.rowcount, job)  # type: ignore[attr-defined]
 
-    def retry(self, job: Job, pause: float) -> None:
-        """Give a job back, to be done in ``pause`` seconds (at most `MAX_PAUSE`); does nothing if it is another's."""
+    def retry(self, job: Job, pause: float, *, has_failed: bool = False) -> None:
+        """Give a job back, to be done in ``pause`` seconds (at most `MAX_PAUSE`); does nothing if it is another's.
+
+        Args:
+            job: The job.
+            pause: In seconds.
+            has_failed: Count a failure that is the job's own.
+        """
         with self._database.writing() as session:
             run_after = clock(session) + pause
             session.execute(
                 update(JobRow)
                 .where(*_mine(job))
-                .values(owner=None, lease_expires=None, run_after=run_after)
+                .values(
+                    owner=None,
+                    lease_expires=None,
+                    run_after=run_after,
+                    num_failures=job.num_failures + has_failed,
+                )
             )
 
 
 def enqueue(session: Session, kind: str, subject: str) -> None:
     """Add a job as part of another change."""
-    session.add(JobRow(kind=kind, subject=subject, run_after=clock(session), num_attempts=0))
+    session.add(
+        JobRow(kind=kind, subject=subject, run_after=clock(session), num_attempts=0, num_failures=0)
+    )
 
 
 def drop(session: Session, subject: str) -> None:

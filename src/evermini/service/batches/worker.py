@@ -19,6 +19,7 @@ from evermini.service.batches.lines import Input, Line, in_order, read_body, rea
 from evermini.service.batches.requests import request_line
 from evermini.service.caller import Caller
 from evermini.service.files import FileService
+from evermini.service.jobs import FAILED
 from evermini.storage.batches import BatchStore, Result, StoredBatch, Tokens
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
@@ -41,6 +42,7 @@ _ENDINGS = {
         "code": "batch_cancelled",
         "message": "This request was not executed: the batch was cancelled before its turn.",
     },
+    "failed": {"code": "server_error", "message": FAILED},
 }
 
 Execute = Callable[[Caller, bytes], Awaitable[tuple[int, str, Any]]]
@@ -99,6 +101,27 @@ class BatchWorker:
             await self._database.run(self._store.begin, job, len(found.lines), found.model, now)
             ending = await self._do_lines(job, batch, found.lines, file)
         await self._end(job, batch, found.lines, ending)
+
+    async def give_up(self, job: Job) -> None:
+        """End a batch as failed that the server cannot do. The results that there are get into its files.
+
+        Raises:
+            LeaseLostError: Another process has taken over.
+            StorageError: As when it is done.
+        """
+        batch = await self._database.run(self._store.get, job.subject)
+        assert batch is not None, "batches are never deleted"
+        if batch.status != "validating":
+            try:
+                with tempfile.TemporaryFile(prefix="evermini-batch-") as file:
+                    found = await self._read(batch, file)
+                await self._end(job, batch, found.lines, "failed")
+                return
+            except StorageError:
+                raise
+            except Exception:  # the input is gone, or it is reading and writing what fails
+                log.exception("batch %s: its results cannot be written", batch.id)
+        await self._fail(job, [{**_ENDINGS["failed"], "line": None, "param": None}])
 
     async def _fail(self, job: Job, errors: list[dict[str, Any]]) -> None:
         await self._database.run(self._store.fail, job, errors, int(time.time()))
@@ -206,7 +229,10 @@ class BatchWorker:
                 await self._database.run(self._store.add_results, job, some)
         output = await self._write(batch, "output", errors=False)
         errors = await self._write(batch, "error", errors=True)
-        await self._database.run(self._store.end, job, ending, output, errors, int(time.time()))
+        reasons = [{**_ENDINGS[ending], "line": None, "param": None}] if ending == "failed" else []
+        await self._database.run(
+            self._store.end, job, ending, output, errors, int(time.time()), reasons
+        )
         log.info("batch %s %s", batch.id, ending)
 
     async def _write(self, batch: StoredBatch, what: str, *, errors: bool) -> StoredFile | None:

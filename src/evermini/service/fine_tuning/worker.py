@@ -34,6 +34,7 @@ from evermini.service.fine_tuning.spec import (
     JobSpec,
     TrainingSpec,
 )
+from evermini.service.jobs import FAILED
 from evermini.service.loading import name_of_tier
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
@@ -310,6 +311,18 @@ class TuningWorker:
         return stored
 
     # Both
+
+    async def give_up(self, job: Job) -> None:
+        """End a job as failed that the server cannot do.
+
+        Raises:
+            LeaseLostError: As for `check`.
+            StorageError: As for `check`.
+        """
+        await self._fail(job, "server_error", FAILED, None)
+        folder = self._folder(job.subject)
+        if folder.is_dir():
+            await asyncio.to_thread(self._tidy, folder)
 
     async def _get(self, job: Job) -> StoredTuning:
         tuning = await self._database.run(self._store.get, job.subject)

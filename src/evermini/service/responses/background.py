@@ -21,7 +21,7 @@ from evermini.errors import EngineStoppedError, OverloadedError, StorageError
 from evermini.service.caller import Caller, current_caller
 from evermini.service.directory import Directory
 from evermini.service.documents import Documents
-from evermini.service.jobs import JobRunner, LeaveJobError
+from evermini.service.jobs import FAILED, JobRunner, LeaveJobError
 from evermini.service.metrics import Metrics
 from evermini.service.responses.context import Contexts
 from evermini.service.responses.events import EventWriter
@@ -147,6 +147,17 @@ class Background:
         known = await self._database.run(self._store.events, stored.id, -1, _EVENTS)
         writer.skip(len(known))
         await self._work(job, stored, request, writer)
+
+    async def give_up(self, job: Job) -> None:
+        """End a response as failed that the server cannot compute.
+
+        Raises:
+            LeaseLostError: As when it is computed.
+            StorageError: As then.
+        """
+        stored = await self._database.run(self._store.get, job.subject)
+        if stored is not None and not stored.is_finished:
+            await self._end(job, stored, {"code": "server_error", "message": FAILED})
 
     async def _work(
         self, job: Job, stored: StoredResponse, request: ResponseRequest, writer: EventWriter
