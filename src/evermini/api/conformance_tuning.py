@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
-from sqlalchemy import select
-
-from evermini.storage.adapters import AdapterRow, ModelPermissionRow
+from evermini.storage.adapters import Adapter, AdapterTable
 from evermini.storage.database import Database
 from evermini.storage.files import FileStore, StoredFile
 from evermini.storage.fine_tuning import Event, StoredTuning, TuningCheckpoint, TuningStore
+from evermini.storage.permissions import Permission, PermissionStore
 
 FILE = "file-abc123"
 JOBS = ("after", "string", "ft-AF1WoRqd3aJAHsqc9NY7iL8F")
@@ -18,17 +18,20 @@ _EVENTS = ("after", "string")
 MODELS = (JOBS[-1], "ft:gpt-4o-mini-2024-07-18:org:weather:B7R9VjQd")
 """What the tests of permissions share; to the first, they give a job's id."""
 PERMISSIONS = ("after", "cp_zc4Q7MP6XxulcVzj4MZdwsAB")
-_ADAPTER = {
-    "tier": "mini",
-    "owner": "org",
-    "rank": 16,
-    "sha256": "",
-    "num_bytes": 0,
-    "base_name": None,
-    "base_weights": None,
-    "job_id": JOBS[-1],
-    "created_at": 0,
-}
+_ADAPTER = Adapter(
+    name="",
+    tier="mini",
+    owner="org",
+    rank=16,
+    sha256="",
+    num_bytes=0,
+    base_name=None,
+    base_weights=None,
+    job_id=JOBS[-1],
+    created_at=0,
+    config_blob="",
+    weights_blob="",
+)
 
 
 def seed_tunings(database: Database) -> None:
@@ -51,18 +54,12 @@ def seed_tunings(database: Database) -> None:
 
 def _seed_permissions(database: Database, now: int) -> None:
     """Create the models and, if they were deleted, their permissions."""
-    with database.writing() as session:
-        for model, permission in zip(MODELS, PERMISSIONS, strict=True):
-            row = session.scalar(select(AdapterRow).where(AdapterRow.name == model))
-            if row is None:
-                blobs = {"config_blob": f"{model}/config", "weights_blob": model}
-                row = AdapterRow(**_ADAPTER, **blobs, name=model)
-                session.add(row)
-                session.flush()
-            known = select(ModelPermissionRow).where(ModelPermissionRow.id == permission)
-            if session.scalar(known) is None:
-                shared = {"adapter": row.number, "project": permission, "created_at": now}
-                session.add(ModelPermissionRow(id=permission, **shared))
+    adapters, permissions = AdapterTable(database), PermissionStore(database)
+    for model, permission in zip(MODELS, PERMISSIONS, strict=True):
+        adapters.add(
+            replace(_ADAPTER, name=model, config_blob=f"{model}/config", weights_blob=model)
+        )
+        permissions.restore(model, Permission(permission, permission, now))
 
 
 def _checkpoint(step: int, now: int) -> TuningCheckpoint:

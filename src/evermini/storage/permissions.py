@@ -42,6 +42,20 @@ class PermissionStore:
                 return None
             return [_stored(_put(session, adapter, project)) for project in dict.fromkeys(projects)]
 
+    def restore(self, model: str, permission: Permission) -> None:
+        """Store a model's permission as it is, if there is none of its id."""
+        with self._database.writing() as session:
+            if session.scalar(_of(model).where(ModelPermissionRow.id == permission.id)) is None:
+                adapter = session.scalars(select(AdapterRow.number).where(AdapterRow.name == model))
+                session.add(
+                    ModelPermissionRow(
+                        id=permission.id,
+                        adapter=adapter.one(),
+                        project=permission.project,
+                        created_at=permission.created_at,
+                    )
+                )
+
     def list(
         self, model: str, cursor: Cursor, project: str | None = None
     ) -> Page[Permission] | None:
