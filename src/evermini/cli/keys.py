@@ -41,10 +41,12 @@ def create(
         int | None, typer.Option(min=1, help="Days until it expires.", show_default="never")
     ] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Limit, per server process.", show_default="none")
+        int | None,
+        typer.Option(min=1, help="Limit; with SQLite, per server process.", show_default="none"),
     ] = None,
     tokens_per_minute: Annotated[
-        int | None, typer.Option(min=1, help="Limit, per server process.", show_default="none")
+        int | None,
+        typer.Option(min=1, help="Limit; with SQLite, per server process.", show_default="none"),
     ] = None,
     monthly_budget: Annotated[
         float | None,
