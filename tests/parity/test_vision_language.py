@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from evermini.errors import (
     UnsupportedArchitectureError,
     UnsupportedQuantizationError,
 )
-from evermini.models.batch import BLOCK_SIZE, EmbeddedRows, ForwardBatch, Model
+from evermini.models.batch import BLOCK_SIZE, AdapterRows, EmbeddedRows, ForwardBatch, Model
 from evermini.models.checkpoint import Checkpoint, open_checkpoint
 from evermini.models.decoder import Decoder
 from evermini.models.load import load_model
@@ -96,16 +97,7 @@ def whole_batch(ids: list[int], embedded: Embedded | None) -> ForwardBatch:
     rows = torch.cat([torch.arange(run.start, run.end) for run in embedded.runs])
     values = torch.cat([run.values for run in embedded.runs])
     axes = None if embedded.axes is None else torch.from_numpy(embedded.axes)
-    given = {name: getattr(batch, name) for name in ("token_ids", "positions", "slots")}
-    return ForwardBatch(
-        **given,
-        query_start=batch.query_start,
-        context_lens=batch.context_lens,
-        block_tables=batch.block_tables,
-        logits_rows=batch.logits_rows,
-        embedded=EmbeddedRows(rows, values),
-        axes=axes,
-    )
+    return replace(batch, embedded=EmbeddedRows(rows, values), axes=axes)
 
 
 def logits_of(model: Model, ids: list[int], embedded: Embedded | None) -> torch.Tensor:
@@ -240,6 +232,26 @@ def test_images_are_computed_once_and_again_when_forgotten(
         asyncio.run(values(keeping))
 
 
+def test_adapters_answer_to_images(loaded: Loaded, tmp_path: Path) -> None:
+    """Against the oracle with the adapter added to its weights."""
+    lora = random_lora(tmp_path, loaded.checkpoint.config)
+    ids, embedded = loaded.prompt(CONVERSATIONS["two"])
+    model = Decoder(loaded.checkpoint)
+    plain = whole_batch(ids, embedded)
+    batch = replace(plain, adapters=(AdapterRows(model.load_adapter(lora), 0, len(ids)),))
+    logits = model.forward(batch, model.new_kv_cache(8))
+    oracle = copy.deepcopy(loaded.oracle)
+    inner = oracle.model.model
+    layers = (inner.language_model if hasattr(inner, "language_model") else inner.text_model).layers
+    for (index, target), factors in lora.factors.items():
+        module = layers[index].get_submodule(target)
+        module.weight.data += (factors.b @ factors.a) * factors.scale
+    expected = oracle.logits(loaded.inputs(CONVERSATIONS["two"]))
+    assert (logits - expected).abs().max().item() <= TOLERANCE
+    without = model.forward(plain, model.new_kv_cache(8))
+    assert (logits - without).abs().max().item() > 100 * TOLERANCE
+
+
 def test_the_language_model_can_be_trained_and_not_merged(loaded: Loaded, tmp_path: Path) -> None:
     """Adapters are trained on text; a merged model would have lost its eyes without a word."""
     pytest.importorskip("accelerate")
@@ -247,7 +259,7 @@ def test_the_language_model_can_be_trained_and_not_merged(loaded: Loaded, tmp_pa
 
     ids, _ = loaded.prompt(CONVERSATIONS["none"])
     with torch.no_grad():
-        base = load_base(loaded.checkpoint, device=torch.device("cpu"))
+        base = load_base(loaded.checkpoint, device=torch.device("cpu"), dtype=torch.float32)
         expected = base(torch.tensor([ids])).logits[0]
     logits = logits_of(Decoder(loaded.checkpoint), ids, None)
     assert (logits - expected).abs().max().item() <= TOLERANCE
