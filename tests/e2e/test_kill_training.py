@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -49,30 +50,53 @@ def test_five_kills_change_nothing(nano_path: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_a_killed_server(nano_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_other_machine", [False, True])
+def test_a_killed_server(nano_path: Path, tmp_path: Path, is_other_machine: bool) -> None:
+    """The next one goes on; with a home folder of its own, and the same database and blobs, it begins anew."""
     from tests.cli.conftest import Server
     from tests.serving import make_client
 
     flags = [
-        *("--model", f"nano={nano_path}", "--home", str(tmp_path)),
-        *("--kv-memory", "256MiB", "--threads", "1"),
+        *("--model", f"nano={nano_path}", "--kv-memory", "256MiB", "--threads", "1"),
+        *("--database-url", f"sqlite:///{tmp_path}/evermini.db"),
+        *("--blob-url", str(tmp_path / "blobs")),
         *("--log-level", "warning"),  # nobody reads its output
     ]
-    database = f"sqlite:///{tmp_path}/evermini.db"
-    first = Server(*flags, "--database-url", database)
+    homes = [tmp_path / "a", tmp_path / ("b" if is_other_machine else "a")]
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 4}}}
+    first = Server(*flags, "--home", str(homes[0]), "--organization", "first")
     client = make_client(first.base_url.removesuffix("/v1"))
     job = client.fine_tuning.jobs.create(
-        model=MODEL, training_file=upload(client, words()), method=METHOD, seed=5
+        model=MODEL, training_file=upload(client, words()), method=method, seed=5
     )
-    wait_until(lambda: steps_of(client, job.id), lambda steps: len(steps) >= 4, 300)
+    wait_until(lambda: steps_of(client, job.id), lambda steps: len(steps) >= 5, 300)
     first.process.kill()
     first.process.communicate()
-    second = Server(*flags, "--database-url", database)
+    if is_other_machine:  # whose disk nobody else sees
+        shutil.rmtree(homes[0])
+    second = Server(*flags, "--home", str(homes[1]), "--organization", "second")
     try:
         client = make_client(second.base_url.removesuffix("/v1"))
         ended = wait_for_status(client, job.id, "succeeded", "failed", seconds=900)
         assert ended.error is None
-        assert sorted(losses(client, job.id)) == list(range(1, 25))
+        assert sorted(losses(client, job.id)) == list(range(1, 13))
+        messages = [event.message for event in client.fine_tuning.jobs.list_events(job.id)]
+        assert any("resumed after step" in one for one in messages) is not is_other_machine
+        assert messages.count("Fine-tuning job started") == 1 + is_other_machine
+        names = [
+            ended.fine_tuned_model,
+            *(
+                one.fine_tuned_model_checkpoint
+                for one in client.fine_tuning.jobs.checkpoints.list(job.id).data[:3]
+            ),
+        ]
+        assert names[0].startswith(f"ft:{MODEL}:first:"), "the organization that asked for it"
+        for name in names:
+            answer = client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": "river 5"}], max_tokens=4
+            )
+            assert answer.model == name
+        assert not homes[0].exists() or homes[0] == homes[1]
     finally:
         second.process.kill()
         second.process.communicate()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from evermini.errors import ConfigError
 from evermini.service.fine_tuning.spec import Hyperparameters, TrainingSpec, TuningOptions
 from evermini.tuning.curve import draw
 from evermini.tuning.data import Data
@@ -226,6 +231,54 @@ def test_seeds_decide_and_an_interruption_does_not(base: Path, tmp_path: Path, m
     run(tmp_path / "parts", base, data, parts, method=method)
     assert parts.losses() == pytest.approx(whole.losses(), rel=1e-5)
     assert weights(tmp_path / "parts", 6) == pytest.approx(weights(tmp_path / "whole", 6), abs=1e-6)
+
+
+def test_four_bits_need_a_gpu(base: Path, tmp_path: Path) -> None:
+    options = TuningOptions(rank=4, quantize="4bit")
+    with pytest.raises(ConfigError, match="quantize needs a GPU"):
+        run(tmp_path / "job", base, supervised(), Reports(), options=options)
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from tests.unit.test_tuning_train import Reports, run, supervised
+folder, base = map(Path, sys.argv[1:])
+is_first, reports = os.environ["RANK"] == "0", Reports()
+run(folder / "whole", base, supervised(12), reports)
+parts = Reports()
+run(folder / "parts", base, supervised(12), parts, stop=lambda: is_first and len(parts.losses()) >= 2)
+seen = len(parts.losses())
+run(folder / "parts", base, supervised(12), parts)
+if is_first:
+    found = {"whole": reports.losses(), "parts": parts.losses(), "seen": seen, "ends": [
+        one["type"] for one in parts.sent if one["type"] in ("stopped", "finished")]}
+    (folder / "found.json").write_text(json.dumps(found))
+assert is_first or not reports.sent
+"""
+
+
+def test_several_processes_stop_together(base: Path, tmp_path: Path) -> None:
+    """As on several GPUs: the first process alone is told to stop, and all do; then they go on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = []
+    for rank in ("0", "1"):
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(base)]
+        both.append(subprocess.Popen(command, env={**os.environ, **ranks, **master}))
+    try:
+        assert [process.wait(240) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ends"] == ["stopped", "finished"]
+    assert found["seen"] == 3, "told after the second step, it ends with the third"
+    assert list(found["whole"]) == [str(step) for step in range(1, 7)]
+    assert list(found["parts"].values()) == pytest.approx(list(found["whole"].values()), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("default")

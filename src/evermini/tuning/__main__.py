@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 from evermini.errors import EverminiError
@@ -30,10 +31,11 @@ def main() -> int:
     what, folder = sys.argv[1], Path(sys.argv[2])
     reporter = Reporter()
     stop = threading.Event()
-    if (
-        int(os.environ.get("LOCAL_RANK", "0")) == 0
-    ):  # accelerate's other processes end with this one
+    rank = os.environ.get("LOCAL_RANK")  # one of several: accelerate has started them
+    if rank in (None, "0"):
         threading.Thread(target=_listen, args=(stop,), daemon=True).start()
+    if rank is not None:
+        threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     os.nice(NICE)
     try:
         _run(what, folder, reporter, stop)
@@ -46,6 +48,13 @@ def main() -> int:
 def _listen(stop: threading.Event) -> None:
     for _ in sys.stdin:
         stop.set()
+    os._exit(3)
+
+
+def _watch(parent: int) -> None:
+    """End with accelerate's launcher, which may be killed without a chance to end what it has started."""
+    while os.getppid() == parent:
+        time.sleep(1)
     os._exit(3)
 
 

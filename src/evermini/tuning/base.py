@@ -83,14 +83,14 @@ def load_base_4bit(checkpoint: Checkpoint, *, device: torch.device, scratch: Pat
     Raises:
         ConfigError: There is no GPU, or bitsandbytes is not installed.
     """
+    if device.type != "cuda":
+        raise ConfigError("x_evermini.quantize needs a GPU. Leave it out to train on the CPU.")
     try:
         import bitsandbytes  # noqa: F401 - transformers imports it later, with a worse message
     except ModuleNotFoundError:
         raise ConfigError(
             "x_evermini.quantize needs bitsandbytes. Install it with `pip install bitsandbytes`, or leave it out."
         ) from None
-    if device.type != "cuda":
-        raise ConfigError("x_evermini.quantize needs a GPU. Leave it out to train on the CPU.")
     shutil.rmtree(scratch, ignore_errors=True)
     base = load_base(checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16)
     base.save_pretrained(scratch)

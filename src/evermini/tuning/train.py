@@ -271,11 +271,24 @@ class _Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no type
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save now and then; stop if told to."""
-        if self._is_told_to_stop() and state.global_step < state.max_steps:
+        stop, save = self._agree(
+            self._is_told_to_stop() and state.global_step < state.max_steps,
+            time.monotonic() - self._saved > SAVE_SECONDS,
+        )
+        if stop:
             self._was_stopped = True
             control.should_save = control.should_training_stop = True
-        elif time.monotonic() - self._saved > SAVE_SECONDS:
+        elif save:
             control.should_save = True
+
+    @staticmethod
+    def _agree(*wishes: bool) -> list[bool]:
+        """Return what the first process wishes: it alone is told, and all must do the same in the same step."""
+        if not torch.distributed.is_initialized():
+            return list(wishes)
+        told = [list(wishes)]
+        torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remember when, and mark what is written as complete."""
