@@ -219,6 +219,26 @@ def test_one_that_does_not_fit_is_an_error_that_says_so(
     assert text_of(ask(client, FIRST)), "the engine lives"
 
 
+def test_one_trained_on_other_weights_is_warned_of_once(
+    client: openai.OpenAI,
+    store: AdapterStore,
+    tmp_path: Path,
+    nano: ServedModel,
+    nano_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    config = open_checkpoint(nano_path).config
+    for weights, seed in ((nano.weights, 8), ("0" * 64, 9)):
+        folder = write_adapter(tmp_path / f"trained{seed}", config, seed=seed, rank=4)
+        name = f"ft:gpt-4.1-nano-2025-04-14:acme::trained{seed}"
+        store.add(folder, name=name, tier="nano", base_weights=weights)
+        for _ in range(2):
+            ask(client, name, max_tokens=1)
+    warned = [one.getMessage() for one in caplog.records if "other weights" in one.getMessage()]
+    assert len(warned) == 1
+    assert "trained9 was trained on other weights" in warned[0]
+
+
 def test_deleting(client: openai.OpenAI, store: AdapterStore, tmp_path: Path):
     ask(client, FIRST)
     store.set_alias(OLD, SECOND)
