@@ -206,7 +206,7 @@ def test_images_are_computed_once_and_again_when_forgotten(
     assert tower is not None
     computed = []
     encode = tower.encode
-    monkeypatch.setattr(tower, "encode", lambda image: computed.append(1) or encode(image))
+    monkeypatch.setattr(tower, "encode", lambda *args: computed.append(1) or encode(*args))
     tokenizer = Tokenizer(loaded.checkpoint.tokenizer)
     data = encoded(WIDE)
 
@@ -230,6 +230,16 @@ def test_images_are_computed_once_and_again_when_forgotten(
         sight.close()
     with pytest.raises(EngineStoppedError):
         asyncio.run(values(keeping))
+
+
+def test_an_image_that_nobody_waits_for_ends_after_the_layer_in_work(loaded: Loaded) -> None:
+    tower = load_tower(loaded.checkpoint)
+    assert tower is not None
+    answers = iter([False, True])
+    with pytest.raises(EngineStoppedError):
+        tower.encode(tower.prepare(WIDE), lambda: next(answers))
+    assert next(answers, None) is None  # asked before each of its two layers
+    assert tower.encode(tower.prepare(WIDE)).isfinite().all()
 
 
 def test_adapters_answer_to_images(loaded: Loaded, tmp_path: Path) -> None:

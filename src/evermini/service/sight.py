@@ -4,9 +4,9 @@
     ids, places = place(ids, sight.image_token_id, [seen])    # the prompt with all tokens that each image takes
     embedded = await sight.embed(ids, places)         # what the engine reads at these tokens
 
-One thread does all of it, so equal images that come at once are computed once. Embeddings are kept in memory, the least
-recently used go first. The engine's prefix cache knows an image by the same hash, so a conversation that goes on finds
-it computed.
+One thread does all of it, so equal images that come at once are computed once, and what nobody waits for any more ends
+after the layer in work. Embeddings are kept in memory, the least recently used go first. The engine's prefix cache
+knows an image by the same hash, so a conversation that goes on finds it computed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -165,7 +166,11 @@ class Sight:
             EngineStoppedError: This was closed.
         """
         with tracing.span("evermini.see", {"evermini.images": len(places)}):
-            values = [await self._in_pool(self._values, at.image) for at in places]
+            left = threading.Event()
+            try:
+                values = [await self._in_pool(self._values, at.image, left) for at in places]
+            finally:
+                left.set()
         runs = [
             run
             for at, rows in zip(places, values, strict=True)
@@ -175,7 +180,7 @@ class Sight:
         return Embedded(tuple(runs), axes_of(len(token_ids), places) if has_axes else None)
 
     def close(self) -> None:
-        """End what runs after the image in work; nothing is accepted any more."""
+        """End what runs after the layer in work; nothing is accepted any more."""
         self._is_closed = True
         self._pool.shutdown(cancel_futures=True)
 
@@ -205,12 +210,12 @@ class Sight:
         parts = (p for s in segments for p in ([s] if isinstance(s, int) else split(s)))
         return self._tokenizer.encode_segments(("", *parts))
 
-    def _values(self, seen: Seen) -> Tensor:
-        """Return an image's embeddings, computed at most once."""
+    def _values(self, seen: Seen, left: threading.Event) -> Tensor:
+        """Return an image's embeddings, computed at most once; ends when whoever waits has ``left``."""
         if seen.values is None:
             waiting = seen.waiting or self._prepare(seen.data, seen.is_low)[1]
             try:
-                seen.values = self._tower.encode(waiting)
+                seen.values = self._tower.encode(waiting, lambda: left.is_set() or self._is_closed)
             except RuntimeError as error:
                 raise EngineError(
                     f"The model failed while looking at an image ({error}). The server goes on; send the request "

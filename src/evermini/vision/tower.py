@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evermini.errors import ConfigError, DamagedCheckpointError, InvalidRequestError
+from evermini.errors import (
+    ConfigError,
+    DamagedCheckpointError,
+    EngineStoppedError,
+    InvalidRequestError,
+)
 from evermini.models.checkpoint import Checkpoint, VisionSource
 
 if TYPE_CHECKING:
@@ -53,7 +59,7 @@ class TowerInput:
 
 
 class VisionTower(ABC):
-    """A vision tower; `prepare` and `encode` block, and are safe from any thread.
+    """A vision tower. `prepare` and `encode` block; `encode` is for one thread at a time.
 
     Args:
         source: The checkpoint's vision part.
@@ -88,6 +94,11 @@ class VisionTower(ABC):
         _load(self._modules, checkpoint, source, self.output)
         for module in self._modules.values():
             module.to(device=device, dtype=self._dtype).eval()
+        self._is_abandoned: Callable[[], bool] = _never
+        for module in self._modules.values():
+            for layers in module.modules():
+                for layer in layers if isinstance(layers, torch.nn.ModuleList) else ():
+                    layer.register_forward_pre_hook(self._before_layer)
         parameters = sum(p.numel() for m in self._modules.values() for p in m.parameters())
         log.info(
             "%s sees images: a vision tower of %.1f million parameters in %s on %s",
@@ -111,9 +122,27 @@ class VisionTower(ABC):
             InvalidRequestError: It is of a shape that the checkpoint's preprocessor refuses.
         """
 
+    @torch.inference_mode()
+    def encode(self, image: TowerInput, is_abandoned: Callable[[], bool] | None = None) -> Tensor:
+        """Return the rows of an image, (tokens, hidden_size) float32 on the CPU.
+
+        Args:
+            image: From `prepare`.
+            is_abandoned: Asked before each layer (of 12 to 32) whether nobody waits any more.
+
+        Raises:
+            EngineStoppedError: Nobody did.
+        """
+        self._is_abandoned = is_abandoned or _never
+        return self._rows(image).float().cpu()
+
     @abstractmethod
-    def encode(self, image: TowerInput) -> Tensor:
-        """Return the rows of an image, (tokens, hidden_size) float32 on the CPU."""
+    def _rows(self, image: TowerInput) -> Tensor:
+        """Return the rows of an image, (tokens, hidden_size)."""
+
+    def _before_layer(self, module: torch.nn.Module, inputs: object) -> None:
+        if self._is_abandoned():
+            raise EngineStoppedError("The image is not needed any more: its request ended.")
 
     def _processed(self, image: Image, **options: Any) -> Any:
         try:
@@ -145,13 +174,11 @@ class QwenTower(VisionTower):
         pixels = {name: found[name] for name in ("pixel_values", "image_grid_thw")}
         return TowerInput(pixels, (self.image_token_id,) * (grid[0] * grid[1]), grid)
 
-    @torch.inference_mode()
-    def encode(self, image: TowerInput) -> Tensor:
-        """Return the rows of an image, (tokens, hidden_size) float32 on the CPU."""
+    def _rows(self, image: TowerInput) -> Tensor:
         pixels = image.pixels["pixel_values"].to(self._device, self._dtype)
         grid = image.pixels["image_grid_thw"].to(self._device)
         rows: Tensor = self._modules[""](pixels, grid_thw=grid).pooler_output
-        return rows.float().cpu()
+        return rows
 
 
 class IdeficsTower(VisionTower):
@@ -200,9 +227,7 @@ class IdeficsTower(VisionTower):
         segments += [f"{lead}{around}<global-img>", *tile, around]
         return TowerInput(pixels, tuple(segments))
 
-    @torch.inference_mode()
-    def encode(self, image: TowerInput) -> Tensor:
-        """Return the rows of an image, (tokens, hidden_size) float32 on the CPU."""
+    def _rows(self, image: TowerInput) -> Tensor:
         pixels = image.pixels["pixel_values"].to(self._device, self._dtype)
         patch = self._config.vision_config.patch_size
         mask = image.pixels.get("pixel_attention_mask")
@@ -212,7 +237,11 @@ class IdeficsTower(VisionTower):
         is_seen = (cut.sum((-1, -2)) > 0).to(self._device)
         seen = self._modules["vision_model."](pixel_values=pixels, patch_attention_mask=is_seen)
         rows: Tensor = self._modules["connector."](seen.last_hidden_state)
-        return rows.flatten(0, 1).float().cpu()
+        return rows.flatten(0, 1)
+
+
+def _never() -> bool:
+    return False
 
 
 def load_tower(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") -> VisionTower | None:
