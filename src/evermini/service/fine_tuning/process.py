@@ -50,6 +50,8 @@ class TuningProcess:
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # Each length of a row has kernels of its own, which oneDNN would keep, 1,024 of them.
+            "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
             "PYTHONHASHSEED": "0",  # peft writes sets as they come: the same adapter, the same file
         }
         with log.open("ab") as file:
