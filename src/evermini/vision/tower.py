@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MIN_TRANSFORMERS = "5.15"
+MIN_TRANSFORMERS = "5.23"
 
 
 @dataclass(frozen=True)
