@@ -258,6 +258,7 @@ assert is_first or not reports.sent
 """
 
 
+@pytest.mark.slow
 def test_several_processes_stop_together(base: Path, tmp_path: Path) -> None:
     """As on several GPUs: the first process alone is told to stop, and all do; then they go on."""
     with socket.socket() as free:
