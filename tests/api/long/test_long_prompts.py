@@ -141,7 +141,7 @@ def test_calls_and_their_results_stay_whole_after_a_long_text(served):
     def prompt_after(first: str) -> str:
         messages = [{"role": "user", "content": first}, *turns]
         request = parse_chat({"model": "gpt-4.1-nano", "messages": messages, "tools": [tool]})
-        return served.tokenizer.decode(asyncio.run(make_prompt(served, request, None))[0])
+        return served.tokenizer.decode(asyncio.run(make_prompt(served, request, None)).token_ids)
 
     later = prompt_after("The end.").split("The end.")[1]
     assert "Lisbon: 417, since Friday." in later
