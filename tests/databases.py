@@ -7,11 +7,13 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sqlalchemy import URL, create_engine, make_url, text
 
 
 def _program(name: str) -> str:
@@ -91,3 +93,17 @@ def postgres_server() -> Iterator[str]:
     """Start a server and yield its URL."""
     with postgres() as server:
         yield server.url
+
+
+@contextmanager
+def empty_database(server: str) -> Iterator[URL]:
+    """Create a database on a server that runs, and drop it in the end."""
+    url = make_url(server).set(drivername="postgresql+psycopg")
+    name = f"test_{time.time_ns()}"
+    admin = create_engine(url, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    yield url.set(database=name)
+    with admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+    admin.dispose()

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import URL, create_engine, make_url, text
+from sqlalchemy import URL, text
 
 from evermini.errors import RateLimitError, StorageError
 from evermini.service import rate_limits
@@ -19,29 +19,23 @@ from evermini.service.rate_limits import SHARE, RateLimits
 from evermini.storage.database import Database
 from evermini.storage.keys import ApiKey
 from evermini.storage.rate_limits import RateLimitStore
-from tests.databases import postgres_server
+from tests.databases import empty_database, postgres_server
 from tests.serving import wait_for
 
 LIMIT = 60
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[URL]:
+def server() -> Iterator[str]:
     with postgres_server() as url:
-        yield make_url(url).set(drivername="postgresql+psycopg")
+        yield url
 
 
 @pytest.fixture
-def url(server: URL) -> Iterator[URL]:
+def url(server: str) -> Iterator[URL]:
     """An empty PostgreSQL database."""
-    name = f"test_{time.time_ns()}"
-    admin = create_engine(server, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield server.set(database=name)
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
+    with empty_database(server) as url:
+        yield url
 
 
 @pytest.fixture

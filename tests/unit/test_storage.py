@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import URL, create_engine, inspect, make_url, text
+from sqlalchemy import URL, Engine, create_engine, inspect, text
 
 from evermini import storage
 from evermini.config import Settings
@@ -38,7 +38,7 @@ from evermini.storage.responses import JOB as RESPONSE_JOB
 from evermini.storage.responses import Addition, ResponseStore, StoredResponse
 from evermini.storage.schema import Base, Cursor
 from evermini.storage.usage import Filter, UsageStore, Used
-from tests.databases import postgres_server
+from tests.databases import empty_database, postgres_server
 
 
 @pytest.fixture(scope="session")
@@ -53,15 +53,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[URL]:
     if request.param == "sqlite":
         yield URL.create("sqlite", database=str(tmp_path / "evermini.db"))
         return
-    server = make_url(request.getfixturevalue("postgres")).set(drivername="postgresql+psycopg")
-    name = f"test_{time.time_ns()}"
-    admin = create_engine(server, isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield server.set(database=name)
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
+    with empty_database(request.getfixturevalue("postgres")) as url:
+        yield url
 
 
 @pytest.fixture
@@ -442,14 +435,20 @@ def test_jobs_are_claimed_once_until_their_lease_runs_out(database: Database) ->
     )
 
 
-def test_unfinished_responses_of_earlier_versions_become_jobs(url: URL, tmp_path: Path) -> None:
-    scripts = tmp_path / "until-0006"
+def migrated_until(version: str, url: URL, tmp_path: Path) -> Engine:
+    """Return a database as an earlier version of the program left it."""
+    scripts = tmp_path / f"until-{version}"
     shutil.copytree(migrate_module.SCRIPTS, scripts)
     for path in (scripts / "versions").glob("0*.py"):
-        if path.name[:4] > "0006":
+        if path.name[:4] > version:
             path.unlink()
     engine = create_engine(url)
     migrate_module.migrate(engine, scripts)
+    return engine
+
+
+def test_unfinished_responses_of_earlier_versions_become_jobs(url: URL, tmp_path: Path) -> None:
+    engine = migrated_until("0006", url, tmp_path)
     columns = "id, status, body, items, request, is_resumable, owner, lease_expires, num_attempts"
     with engine.begin() as connection:
         for name, status, expires, attempts in (
@@ -478,13 +477,7 @@ def test_unfinished_responses_of_earlier_versions_become_jobs(url: URL, tmp_path
 
 
 def test_what_was_stored_before_projects_goes_where_it_belongs(url: URL, tmp_path: Path) -> None:
-    scripts = tmp_path / "until-0009"
-    shutil.copytree(migrate_module.SCRIPTS, scripts)
-    for path in (scripts / "versions").glob("0*.py"):
-        if path.name[:4] > "0009":
-            path.unlink()
-    engine = create_engine(url)
-    migrate_module.migrate(engine, scripts)
+    engine = migrated_until("0009", url, tmp_path)
 
     def add(table: str, **values: Any) -> None:
         with engine.begin() as connection:
