@@ -33,13 +33,15 @@ def main() -> None:
     options = parser.parse_args()
     client = openai.OpenAI(base_url=options.base_url, api_key="unused", timeout=1800)
     for level, limit in (("sentence", options.sentences), ("document", options.documents)):
+        if not limit:
+            continue
         lines = (options.folder / f"test_{level}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line)["messages"] for line in lines]
         chosen = random.Random(options.seed).sample(rows, min(limit, len(rows)))
         sources = [messages[1]["content"] for messages in chosen]
         people = [messages[2]["content"] for messages in chosen]
         answers = {"source copied": sources, "people's": people}
-        for model in options.model if limit else ():
+        for model in options.model:
             answers[model] = ask(client, model, chosen)
             place = options.folder / f"answers_{level}_{model.replace(':', '_')}.json"
             place.write_text(json.dumps(answers[model], indent=1, ensure_ascii=False))
