@@ -30,7 +30,7 @@ from evermini.storage.schema import (
     Shown,
     find,
     owned,
-    page,
+    owned_page,
 )
 
 JOB = "batch"
@@ -159,13 +159,10 @@ class BatchStore:
     def list(self, cursor: Cursor) -> Page[StoredBatch] | None:
         """Return a page; ``None`` if there is no batch ``cursor.after``."""
         with self._database.reading() as session:
-            after = None
-            if cursor.after is not None:
-                before = find(session, BatchRow, cursor.after, self._project)
-                if before is None:
-                    return None
-                after = before.number
-            found = page(session, owned(BatchRow, self._project), BatchRow.number, after, cursor)
+            query = owned(BatchRow, self._project)
+            found = owned_page(session, BatchRow, query, cursor, self._project)
+            if found is None:
+                return None
             return Page([_stored(session, row) for row in found.rows], found.has_more)
 
     def cancel(self, batch_id: str, now: int) -> StoredBatch | None:

@@ -9,7 +9,7 @@ from sqlalchemy import ForeignKey, Index, delete
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, owned, page
+from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, owned, owned_page
 
 
 class ChatCompletionRow(Owned, Base):
@@ -105,13 +105,9 @@ class ChatStore:
             )
             query = query.where(pair)
         with self._database.reading() as session:
-            after = None
-            if cursor.after is not None:
-                before = find(session, ChatCompletionRow, cursor.after, self._project)
-                if before is None:
-                    return None
-                after = before.number
-            found = page(session, query, ChatCompletionRow.number, after, cursor)
+            found = owned_page(session, ChatCompletionRow, query, cursor, self._project)
+            if found is None:
+                return None
             return Page([_stored(row) for row in found.rows], found.has_more)
 
     def update(self, completion_id: str, metadata: Mapping[str, str]) -> StoredChat | None:

@@ -31,6 +31,7 @@ from evermini.storage.schema import (
     Owned,
     Page,
     Shown,
+    behind,
     find,
     owned,
     page,
@@ -202,11 +203,7 @@ class TuningStore:
             if not metadata and not bare:
                 found = page(session, query, FineTuningRow.number, after, cursor)
                 return Page([_stored(row) for row in found.rows], found.has_more)
-            ascending = cursor.order == "asc"
-            key = FineTuningRow.number
-            if after is not None:
-                query = query.where(key > after if ascending else key < after)
-            rows = session.scalars(query.order_by(key.asc() if ascending else key.desc()))
+            rows = session.scalars(behind(query, FineTuningRow.number, after, cursor))
             fitting = (row for row in rows if _has(row.body["metadata"], metadata or {}, bare))
             some = [_stored(row) for row in islice(fitting, cursor.limit + 1)]
             return Page(some[: cursor.limit], len(some) > cursor.limit)

@@ -55,6 +55,7 @@ class Owned:
     """Of a table whose rows clients know by their ids. Each belongs to the project of the key that it was made with."""
 
     if TYPE_CHECKING:
+        number: Mapped[int]
         id: Mapped[str]
         project: Mapped[str]
 
@@ -119,9 +120,29 @@ def page(
         after: The key of the row before the page; ``None``: from the start.
         cursor: The length and the order.
     """
+    query = behind(query, key, after, cursor).limit(cursor.limit + 1)
+    rows = session.scalars(query).all()
+    return Page(rows[: cursor.limit], len(rows) > cursor.limit)
+
+
+def behind(
+    query: Select[RowT], key: InstrumentedAttribute[int], after: int | None, cursor: Cursor
+) -> Select[RowT]:
+    """Return ``query`` in the cursor's order, without its length; the rest as for `page`."""
     ascending = cursor.order == "asc"
     if after is not None:
         query = query.where(key > after if ascending else key < after)
-    query = query.order_by(key.asc() if ascending else key.desc()).limit(cursor.limit + 1)
-    rows = session.scalars(query).all()
-    return Page(rows[: cursor.limit], len(rows) > cursor.limit)
+    return query.order_by(key.asc() if ascending else key.desc())
+
+
+def owned_page(
+    session: Session, rows: type[OwnedT], query: Select[OwnedT], cursor: Cursor, project: str | None
+) -> Page[OwnedT] | None:
+    """Return a page of ``query``, in order of insertion; ``None`` if the project has no row ``cursor.after``."""
+    after = None
+    if cursor.after is not None:
+        before = find(session, rows, cursor.after, project)
+        if before is None:
+            return None
+        after = before.number
+    return page(session, query, rows.number, after, cursor)
