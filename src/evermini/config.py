@@ -221,6 +221,12 @@ class Settings:
         group="Upstream",
         metavar="SECONDS",
     )
+    upstream_parallel: Annotated[int, Ge(1), Le(1024)] = _setting(
+        8,
+        "Questions of one sweep that an upstream engine is sent at the same time.",
+        group="Upstream",
+        metavar="N",
+    )
     host: str = _setting("127.0.0.1", "Address to listen on.", group="Server", metavar="ADDRESS")
     port: Annotated[int, Ge(0), Le(65535)] = _setting(
         8000, "Port to listen on; 0 picks a free one.", group="Server", metavar="PORT"

@@ -206,7 +206,9 @@ class ChatRun:
     def abort(self) -> None:
         """End the request if it still runs."""
         self._answer.abort()
-        if self._answer.has_begun:
+        if self.swept is not None and self.swept.spent is not None:
+            self._timer.used(self.swept.spent + self._answer.usage)
+        elif self._answer.has_begun:
             self._timer.used(self.usage)
 
 

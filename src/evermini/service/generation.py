@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import operator
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 from evermini.engine.adapters import Lease
@@ -74,6 +75,10 @@ class Usage:
     rejected_prediction_tokens: int = 0
     image_tokens: int = 0
     """Of the prompt's tokens, those that its images count as."""
+
+    def __add__(self, other: Usage) -> Usage:
+        """Return the tokens of both."""
+        return Usage(*map(operator.add, astuple(self), astuple(other)))
 
 
 class Generation:

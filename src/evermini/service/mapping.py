@@ -1,18 +1,18 @@
-"""Many small questions to the engine at once: what a sweep is made of."""
+"""Many small questions to a model at once: what a sweep is made of."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from evermini.engine.constraint import Constraint
 from evermini.engine.request import Finished, PromptDone, SamplingParams, TokenOutput
 from evermini.errors import EngineError, EngineStoppedError, OverloadedError
 from evermini.service.generation import RETRY_SECONDS
 from evermini.service.offload import tokenise
 from evermini.service.runtime import ServedModel
+from evermini.service.sweep_forms import Form
 
 T = TypeVar("T")
 
@@ -32,32 +32,49 @@ class Reply:
     is_cut: bool
 
 
-class Asker:
+class Asker(Protocol):
     """Puts questions to a model, some at a time, each answered with the likeliest words.
 
-    Args:
-        served: The model.
-
     Attributes:
+        window: Tokens of prompt and reply together that the model takes.
         tokens_read: Tokens of all prompts...
-        tokens_cached: ...of which were in KV memory already.
+        tokens_cached: ...of which did not have to be computed.
         tokens_written: Tokens of all replies.
     """
 
-    def __init__(self, served: ServedModel) -> None:
-        self.tokens_read = self.tokens_cached = self.tokens_written = 0
-        self._served = served
-        self._places = asyncio.Semaphore(IN_FLIGHT)
+    window: int
+    tokens_read: int
+    tokens_cached: int
+    tokens_written: int
 
-    async def ask(
-        self, messages: Messages, *, max_tokens: int, constraint: Constraint | None = None
-    ) -> Reply:
+    async def ask(self, messages: Messages, *, max_tokens: int, form: Form | None = None) -> Reply:
         """Return the model's reply.
 
         Args:
             messages: The conversation.
             max_tokens: Where the reply is cut.
-            constraint: A grammar that the reply follows.
+            form: What the reply looks like; if it was cut, as far as it goes.
+
+        Raises:
+            EverminiError: Whoever runs the model failed over it, more than once, or is stopped.
+        """
+
+
+class EngineAsker:
+    """Asks a model that runs in this process: see `Asker`.
+
+    Args:
+        served: The model.
+    """
+
+    def __init__(self, served: ServedModel) -> None:
+        self.window = served.worker.max_model_len
+        self.tokens_read = self.tokens_cached = self.tokens_written = 0
+        self._served = served
+        self._places = asyncio.Semaphore(IN_FLIGHT)
+
+    async def ask(self, messages: Messages, *, max_tokens: int, form: Form | None = None) -> Reply:
+        """See `Asker`.
 
         Raises:
             EngineError: The engine failed over it, more than once.
@@ -67,7 +84,7 @@ class Asker:
             max_tokens=max_tokens,
             temperature=0.0,
             stop_token_ids=self._served.tokenizer.eos_ids,
-            constraint=constraint,
+            constraint=None if form is None else self._served.grammars.regex(form.regex),
         )
         async with self._places:
             length = sum(len(message["content"]) for message in messages)

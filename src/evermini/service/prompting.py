@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from evermini.engine.request import Embedded
 from evermini.errors import ContextLengthError, UnsupportedParameterError
-from evermini.recall.scope import needs_whole
 from evermini.service import tracing
 from evermini.service.assembly import least_room
+from evermini.service.choosing import choose
+from evermini.service.mapping import EngineAsker
 from evermini.service.offload import tokenise
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.rendering import encode
@@ -17,7 +18,6 @@ from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest
 from evermini.service.sight import Place, Seen, Sight, place
 from evermini.service.sweep import Sweep, Swept
-from evermini.service.tally import tally_of
 from evermini.service.upstream.model import UpstreamModel
 
 _SURELY_LONG = 8
@@ -68,12 +68,11 @@ async def make_prompt(
     plan = await reader.plan(request, window=window)
     if plan is None:
         return Prompt(await whole_prompt(served, request) if prompt is None else prompt)
-    is_tally = tally_of(plan.question) is not None
-    about_all = request.reading == "auto" and (is_tally or needs_whole(plan.question))
-    takes_long = plan.full_tokens > reader.sweep_limit and not is_tally
-    if request.reading == "sweep" or (about_all and not takes_long):
+    chosen = choose(request.reading, plan, reader.sweep_limit)
+    if chosen.is_sweep:
         with tracing.span("evermini.read", {"evermini.reading": "sweep"}):
-            swept = await Sweep(served, request, plan, progress).run()
+            sweep = Sweep(EngineAsker(served), reader, request, plan, progress)
+            swept = await sweep.run()
         return Prompt(swept.prompt, swept)
     with tracing.span("evermini.read", {"evermini.reading": "recall"}) as span:
         recalled = await reader.read(request, plan, progress)
@@ -81,9 +80,7 @@ async def make_prompt(
             span.set_attribute("evermini.prompt_tokens", recalled.full_tokens)
             span.set_attribute("evermini.read_tokens", len(recalled.prompt))
             span.set_attribute("gen_ai.usage.cached_tokens", recalled.cached_tokens)
-    if about_all:
-        recalled = replace(recalled, note=_too_long(plan.full_tokens, reader.sweep_limit))
-    return Prompt(recalled.prompt, recalled)
+    return Prompt(recalled.prompt, replace(recalled, note=chosen.note))
 
 
 async def _prompt_with_images(served: ServedModel, request: ChatRequest) -> Prompt:
@@ -124,13 +121,6 @@ async def _placed(
 ) -> tuple[list[int], list[Place]]:
     """Return the conversation as token ids, and where its images are."""
     return place(await whole_prompt(served, request), sight.image_token_id, _seen(request))
-
-
-def _too_long(num_tokens: int, limit: int) -> str:
-    return (
-        f"This question seems to be about the whole text, but only excerpts of it were read: {num_tokens} tokens are "
-        f"more than sweep_limit ({limit}). To have all of it read, which takes long, set x_evermini.reading to 'sweep'."
-    )
 
 
 async def whole_prompt(served: ServedModel, request: ChatRequest) -> Sequence[int]:

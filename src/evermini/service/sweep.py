@@ -1,7 +1,9 @@
 """Answers to questions about the whole of a long text: all of it is read, in windows, each with the question.
 
-    swept = await Sweep(served, request, plan, progress).run()
+    swept = await Sweep(asker, reader, request, plan, progress).run()
     swept.prompt            # the conversation, with what was found in the long texts' places; fits the window
+
+Who reads is the asker's matter: the engine of this process, or one behind an URL.
 
 The question's words choose one of four ways:
 
@@ -24,15 +26,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from evermini.engine.constraint import Constraint
 from evermini.recall.recall import Progress
 from evermini.service import sweep_prompts as prompts
-from evermini.service.assembly import Plan
+from evermini.service.assembly import Plan, texts
+from evermini.service.generation import Usage
 from evermini.service.mapping import Asker, Messages, all_of
 from evermini.service.questions import DOCUMENT_NOUNS, RECORD_NOUNS, wanted
-from evermini.service.reading import OnProgress
-from evermini.service.runtime import ServedModel
+from evermini.service.reading import LongReader, OnProgress
 from evermini.service.schemas import ChatRequest
+from evermini.service.sweep_forms import (
+    MOST_ITEMS,
+    Choice,
+    Form,
+    Items,
+    Question,
+    QuestionWithAnswers,
+)
 from evermini.service.tally import Tally, tally_of
 from evermini.service.windows import Part, Window, records, windows
 
@@ -64,6 +73,7 @@ class Swept:
 
     Attributes:
         prompt: What the engine computes.
+        texts: The same before the chat template, by message.
         full_tokens: Tokens that were sent.
         task: How it was read.
         question: What was asked of each window; of a record, with its two answers.
@@ -77,9 +87,11 @@ class Swept:
         tokens_written: ...and what was written.
         seconds: Time for it.
         figures: Numbers that were computed, the answer first, if the question asks for a number.
+        spent: The tokens of all questions to an upstream engine, as it counts them; ``None``: they were asked here.
     """
 
     prompt: Sequence[int]
+    texts: Sequence[str]
     full_tokens: int
     task: Task
     question: str
@@ -93,6 +105,7 @@ class Swept:
     tokens_written: int
     seconds: float
     figures: tuple[int, ...] = ()
+    spent: Usage | None = None
 
     @property
     def stated(self) -> str | None:
@@ -127,20 +140,24 @@ class Sweep:
     """One reading of all long texts of a request.
 
     Args:
-        served: The model that reads.
+        asker: Asks the model that reads.
+        reader: Whose tokenizer counts, and whose template writes the prompt.
         request: The conversation.
         plan: How it is taken apart.
         progress: Told after each window.
     """
 
     def __init__(
-        self, served: ServedModel, request: ChatRequest, plan: Plan, progress: OnProgress | None
+        self,
+        asker: Asker,
+        reader: LongReader,
+        request: ChatRequest,
+        plan: Plan,
+        progress: OnProgress | None,
     ) -> None:
-        assert served.reader is not None
-        self._served, self._request, self._plan = served, request, plan
-        self._assembler = served.reader.assembler
+        self._asker, self._request, self._plan = asker, request, plan
+        self._assembler, self._tokenizer = reader.assembler, reader.tokenizer
         self._progress = progress
-        self._asker = Asker(served)
         self._pieces = plan.parts.long
         self._texts = [
             head.text + piece.text if head is not None else piece.text
@@ -153,8 +170,7 @@ class Sweep:
         """Read everything and return the prompt that says what was found. Cancelled, it ends at once.
 
         Raises:
-            EngineError: A window could not be read, twice.
-            EngineStoppedError: The engine is stopped.
+            EverminiError: What `Asker.ask` says: a window could not be read.
         """
         tally = tally_of(self._plan.question)
         found_records = await asyncio.to_thread(self._records) if tally is None else None
@@ -167,9 +183,10 @@ class Sweep:
             found = await self._collect()
         else:
             found = await self._note()
-        prompt = await asyncio.to_thread(self._write, found)
+        written, prompt = await asyncio.to_thread(self._write, found)
         return Swept(
             prompt=prompt,
+            texts=written,
             full_tokens=self._plan.full_tokens,
             task=found.task,
             question=found.question,
@@ -232,17 +249,14 @@ class Sweep:
         reply = await self._asker.ask(
             prompts.about_one(self._plan.question),
             max_tokens=80,
-            constraint=self._served.grammars.regex(prompts.ONE_OF_MANY),
+            form=QuestionWithAnswers(),
         )
         question, answers = _question_of(reply.text)
-        spellings = "|".join(re.escape(w) for a in answers for w in (a, a.capitalize()))
-        grammar = self._served.grammars.regex(spellings)
+        form = Choice([word for answer in answers for word in (answer, answer.capitalize())])
 
         async def has(record: list[Window]) -> bool:
             replies = await all_of(
-                self._read(
-                    window, prompts.check(self._text(window), question, answers), 24, grammar
-                )
+                self._read(window, prompts.check(self._text(window), question, answers), 24, form)
                 for window in record
             )
             return any(text.lower() == answers[0].lower() for text, _ in replies)
@@ -285,20 +299,21 @@ class Sweep:
     async def _collect(self) -> _Found:
         cut = await asyncio.to_thread(windows, self._texts, self._count, self._size(COLLECT_TOKENS))
         self._start(cut)
-        grammar = self._served.grammars.regex(prompts.COLLECTED)
+        form = Items()
         num_windows = len(cut)
 
         async def items_of(window: Window) -> list[str]:
             nonlocal num_windows
             message = prompts.collect(self._text(window), self._plan.question)
-            text, is_cut = await self._read(window, message, _MAX_COLLECTED, grammar)
+            text, is_cut = await self._read(window, message, _MAX_COLLECTED, form)
             lines = [
                 line.removeprefix("- ").strip()
                 for line in text.splitlines(keepends=True)
                 if line.endswith("\n")
             ]
             is_loop = len({_key(line) for line in lines}) < 0.6 * len(lines)
-            if is_cut and not is_loop and window.num_tokens > _SMALLEST_WINDOW:
+            has_more = is_cut or len(lines) >= MOST_ITEMS
+            if has_more and not is_loop and window.num_tokens > _SMALLEST_WINDOW:
                 halves = windows(
                     self._texts, self._count, window.num_tokens * 2 // 3, ranges=window.parts
                 )
@@ -336,13 +351,11 @@ class Sweep:
         reply = await self._asker.ask(
             prompts.about_item(self._plan.question),
             max_tokens=40,
-            constraint=self._served.grammars.regex(prompts.ABOUT_ITEM),
+            form=Question(),
         )
-        grammar = self._served.grammars.regex("Yes|No")
+        form = Choice(("Yes", "No"))
         verdicts = await all_of(
-            self._asker.ask(
-                prompts.check(item, reply.text, ("yes", "no")), max_tokens=4, constraint=grammar
-            )
+            self._asker.ask(prompts.check(item, reply.text, ("yes", "no")), max_tokens=4, form=form)
             for item in items
         )
         kept = (
@@ -389,9 +402,9 @@ class Sweep:
         self._total = sum(window.num_tokens for window in cut)
 
     async def _read(
-        self, window: Window, messages: Messages, max_tokens: int, constraint: Constraint | None
+        self, window: Window, messages: Messages, max_tokens: int, form: Form | None
     ) -> tuple[str, bool]:
-        reply = await self._asker.ask(messages, max_tokens=max_tokens, constraint=constraint)
+        reply = await self._asker.ask(messages, max_tokens=max_tokens, form=form)
         self._done += window.num_tokens
         if self._progress is not None:
             seconds = time.monotonic() - self._began
@@ -412,14 +425,14 @@ class Sweep:
         return "\n\n".join(shown)
 
     def _count(self, text: str) -> int:
-        return len(self._served.tokenizer.encode(text))
+        return len(self._tokenizer.encode(text))
 
     def _size(self, tokens: int) -> int:
         """Return the largest window up to ``tokens``, small enough for the model's own."""
-        return min(tokens, self._served.worker.max_model_len // 3)
+        return min(tokens, self._asker.window // 3)
 
-    def _write(self, found: _Found) -> Sequence[int]:
-        """Return the conversation with what was found in the place of the last long text."""
+    def _write(self, found: _Found) -> tuple[Sequence[str], Sequence[int]]:
+        """Return the conversation with what was found in the place of the last long text, as texts and as a prompt."""
         readings = [""] * len(self._pieces)
         groups = self._plan.groups
         for group in groups[:-1]:
@@ -446,7 +459,9 @@ class Sweep:
             ]
             pieces = tuple(piece for piece in pieces if not any(piece is head for head in heads))
         parts = replace(self._plan.parts, pieces=pieces)
-        return self._assembler.encode(self._request, parts, readings)
+        return texts(self._request, parts, readings), self._assembler.encode(
+            self._request, parts, readings
+        )
 
 
 def _question_of(reply: str) -> tuple[str, tuple[str, str]]:

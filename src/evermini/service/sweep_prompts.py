@@ -7,9 +7,8 @@ whatever sounds positive (docs/log.md).
 from __future__ import annotations
 
 from evermini.service.mapping import Messages
+from evermini.service.sweep_forms import NONE
 
-ONE_OF_MANY = r"[^|\n]{8,160}\? \| [^|\n]{1,24} \| [^|\n]{1,24}"
-"""Grammar of the reply to `about_one`: the question, and its two answers, the wanted one first."""
 _ONE_EXAMPLES = (
     (
         "How many of the reviews are negative?",
@@ -70,14 +69,12 @@ _ITEM_EXAMPLES = (
     ("List all reasons against the plan.", "Is this a reason against the plan?"),
     ("How many different dates are there?", "Is this a date?"),
 )
-NONE = "none"
-"""How a part of a text has nothing for a list."""
 NOTHING = "nothing"
 """How a note says that there is nothing to note."""
 
 
 def about_one(question: str) -> Messages:
-    """Ask to turn a question about many things into one about a single thing."""
+    """Ask to turn a question about many things into one about a single thing (`QuestionWithAnswers`)."""
     shown = [turn for pair in _ONE_EXAMPLES for turn in _turns(*pair)]
     return [
         _system(
@@ -89,7 +86,7 @@ def about_one(question: str) -> Messages:
 
 
 def check(text: str, question: str, answers: tuple[str, str]) -> Messages:
-    """Ask which of two answers a question about one text has."""
+    """Ask which of two answers a question about one text has (`Choice`)."""
     if answers == ("yes", "no"):
         shown = [
             turn
@@ -102,7 +99,7 @@ def check(text: str, question: str, answers: tuple[str, str]) -> Messages:
 
 
 def collect(text: str, question: str) -> Messages:
-    """Ask for everything in a part of a text that belongs into a list."""
+    """Ask for everything in a part of a text that belongs into a list (`Items`)."""
     shown = [
         turn
         for sample, asked, answer in _COLLECT_EXAMPLES
@@ -115,22 +112,14 @@ def collect(text: str, question: str) -> Messages:
     return [_system(system), *shown, _user(f"Text:\n{text}\n\nTask: {question}")]
 
 
-COLLECTED = rf"{NONE}|(- [^\n]{{1,80}}\n){{1,24}}"
-"""Grammar of the reply to `collect`."""
-
-
 def about_item(question: str) -> Messages:
-    """Ask for a question that tells whether something belongs into a list."""
+    """Ask for a question that tells whether something belongs into a list (`Question`)."""
     shown = [turn for pair in _ITEM_EXAMPLES for turn in _turns(*pair)]
     return [
         _system("Turn a task about a list into a question about one entry."),
         *shown,
         _user(question),
     ]
-
-
-ABOUT_ITEM = r"(Is|Does|Was|Did|Has|Can) this [^\n?]{1,100}\?"
-"""Grammar of the reply to `about_item`."""
 
 
 def note(text: str, question: str) -> Messages:

@@ -18,11 +18,12 @@ from evermini.service.answer import (
 from evermini.service.metrics import RequestTimer
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.schemas import ChatRequest
+from evermini.service.sweep import Swept
 from evermini.service.upstream.answer import UpstreamWriting
 from evermini.service.upstream.checks import FormCheck
 from evermini.service.upstream.exchange import Exchange
 from evermini.service.upstream.model import UpstreamModel
-from evermini.service.upstream.prompting import Prompt, excerpts, make_prompt
+from evermini.service.upstream.prompting import Prompt, make_prompt, read_down
 from evermini.service.upstream.replies import CallPiece, ChatPart, ChatReply, read
 from evermini.service.upstream.requests import chat_body
 
@@ -123,7 +124,7 @@ class UpstreamAnswer(UpstreamWriting[ChatDelta]):
 
 async def start(
     served: UpstreamModel, request: ChatRequest, timer: RequestTimer, progress: OnProgress | None
-) -> tuple[UpstreamAnswer, Recalled | None]:
+) -> tuple[UpstreamAnswer, Recalled | Swept | None]:
     """Read what does not fit the engine's window, and hand the request to the engine.
 
     Args:
@@ -138,24 +139,32 @@ async def start(
         InvalidRequestError: The engine refuses it.
         UpstreamError: The engine cannot be reached, or fails.
     """
-    check = FormCheck(request)
+    FormCheck(request)  # a schema that is none is refused before anything is read
     found = await served.found()
-    prompt = await make_prompt(served, request, found.window, progress)
+    prompt = await make_prompt(served, request, found.window, timer, progress)
 
     async def ask(prompt: Prompt) -> UpstreamAnswer:
         body = chat_body(request, prompt.texts, found.model)
+        swept = prompt.read if isinstance(prompt.read, Swept) else None
         exchange = Exchange(served, PATH, body)
-        await exchange.start()
+        try:
+            await exchange.start()
+        except BaseException:
+            if swept is not None and swept.spent is not None:
+                timer.used(swept.spent)
+            raise
+        figures = swept.figures if swept is not None else ()
+        check = FormCheck(request, figures)
         return UpstreamAnswer(served, request, exchange, check, prompt.num_tokens, timer)
 
     try:
-        return await ask(prompt), prompt.recalled
+        return await ask(prompt), prompt.read
     except ContextLengthError as error:
         served.forget()  # it may have been restarted with another window
-        if prompt.recalled is not None or served.reader is None or request.reading != "auto":
+        if prompt.read is not None or served.reader is None or request.reading != "auto":
             raise
         # By our tokens it fitted, by the engine's it does not: so the window is shorter than the prompt.
-        shorter = await excerpts(served.reader, request, prompt.num_tokens, progress)
+        shorter = await read_down(served, request, prompt.num_tokens, timer, progress)
         if shorter is None:
             raise error
-        return await ask(shorter), shorter.recalled
+        return await ask(shorter), shorter.read

@@ -7,7 +7,8 @@ is an error, not an answer. Regular expressions in a schema are left out: a stra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -21,18 +22,22 @@ from evermini.errors import InvalidRequestError, UpstreamError
 from evermini.service.answer import ChatChoice
 from evermini.service.schemas import ChatRequest
 
+_NUMBER = re.compile(r"\d+(?:,\d{3})*")
+
 
 class FormCheck:
     """Looks at the finished choices of a request.
 
     Args:
         request: What is asked.
+        figures: Numbers that a sweep has counted, the one that the question asks for first.
 
     Raises:
         InvalidRequestError: A schema is none.
     """
 
-    def __init__(self, request: ChatRequest) -> None:
+    def __init__(self, request: ChatRequest, figures: Sequence[int] = ()) -> None:
+        self._figures = figures
         self._answer = _validator(request.answer_schema, "response_format")
         self._must_call = request.toolset.mode == "required"
         self._tools: dict[str, Validator | None] = {}
@@ -58,6 +63,12 @@ class FormCheck:
             raise _wrong("no tool is called, though one must be")
         if self._answer is not None:
             _check(self._answer, choice.text, "the text")
+        numbers = {number.replace(",", "") for number in _NUMBER.findall(choice.text)}
+        if self._figures and numbers and str(self._figures[0]) not in numbers:
+            raise UpstreamError(
+                f"{self._figures[0]} was counted in the text, and the engine behind this model wrote another figure. "
+                "Send the request again."
+            )
 
 
 def _validator(schema: dict[str, Any] | None, path: str) -> Validator | None:

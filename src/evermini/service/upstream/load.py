@@ -51,6 +51,7 @@ def load_upstream(
             ChatTemplate(index.tokenizer),
             home=settings.home,
             max_bytes=settings.recall_disk,
+            sweep_limit=settings.sweep_limit,
         )
     return served
 
@@ -71,7 +72,7 @@ def connect(spec: UpstreamSpec, settings: Settings) -> UpstreamModel:
         context_window=None,
         system_fingerprint=fingerprint(spec.url, spec.model or ""),
     )
-    return UpstreamModel(info, spec, client)
+    return UpstreamModel(info, spec, client, parallel=settings.upstream_parallel)
 
 
 def _needs_reader(spec: UpstreamSpec, found: Found | None) -> bool:

@@ -18,6 +18,7 @@ from evermini.backends.spec import UpstreamSpec
 from evermini.errors import EngineStoppedError, UpstreamError
 from evermini.service.model_info import ModelInfo
 from evermini.service.reading import LongReader
+from evermini.service.sweep_forms import Form
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ class UpstreamModel:
         spec: Where the engine is.
         client: Asks it.
         reader: Reads prompts longer than its window; ``None``: they are the engine's to refuse.
+        parallel: Questions of one sweep that the engine is sent at the same time.
+
+    Attributes:
+        plain_forms: Forms of a sweep's replies whose schemas the engine has refused: they are asked for in words.
     """
 
     def __init__(
@@ -49,10 +54,14 @@ class UpstreamModel:
         spec: UpstreamSpec,
         client: UpstreamClient,
         reader: LongReader | None = None,
+        *,
+        parallel: int = 1,
     ) -> None:
         self.spec = spec
         self.client = client
         self.reader = reader
+        self.parallel = parallel
+        self.plain_forms: set[type[Form]] = set()
         self._info = info
         self._found: Found | None = None
         self._calls: set[Call] = set()
@@ -103,6 +112,7 @@ class UpstreamModel:
     def forget(self) -> None:
         """Ask the engine anew with the next request: it does not have what it had."""
         self._found = None
+        self.plain_forms.clear()
 
     def add(self, call: Call) -> None:
         """Note a request in flight, to be ended with the model.

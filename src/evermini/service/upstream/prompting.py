@@ -10,21 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from evermini.errors import UnsupportedParameterError
-from evermini.recall.scope import needs_whole
-from evermini.service.assembly import least_room
+from evermini.service.assembly import Plan, least_room
+from evermini.service.choosing import choose
+from evermini.service.metrics import RequestTimer
 from evermini.service.offload import tokenise
 from evermini.service.reading import LongReader, OnProgress, Recalled
 from evermini.service.schemas import ChatRequest
+from evermini.service.sweep import Sweep, Swept
+from evermini.service.upstream.asking import UpstreamAsker
 from evermini.service.upstream.model import CHARACTERS_PER_TOKEN, UpstreamModel
 
 _SURELY_LONG = 8
 """With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
 _SHARE = 0.8
 """Share of the window that excerpts, instructions and answer may fill by our count."""
-_NO_SWEEP = (
-    "This question seems to be about the whole text, but only excerpts of it were read: another engine runs this "
-    "model, and sweeps need one that this server runs itself."
-)
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,20 @@ class Prompt:
     Attributes:
         texts: Each message's text.
         num_tokens: Its tokens by our count; a guess without an index model.
-        recalled: The excerpts it was read in; ``None``: it is whole.
+        read: How it was made, if it is not all that was sent.
     """
 
     texts: Sequence[str]
     num_tokens: int
-    recalled: Recalled | None = None
+    read: Recalled | Swept | None = None
 
 
 async def make_prompt(
-    served: UpstreamModel, request: ChatRequest, window: int | None, progress: OnProgress | None
+    served: UpstreamModel,
+    request: ChatRequest,
+    window: int | None,
+    timer: RequestTimer,
+    progress: OnProgress | None,
 ) -> Prompt:
     """Return what the engine is sent.
 
@@ -51,11 +54,13 @@ async def make_prompt(
         served: The model.
         request: The conversation.
         window: Tokens the engine takes, the answer's included; ``None``: not known, so everything is sent.
-        progress: Told how an ingest goes.
+        timer: Told what the engine computed on the way, if it ends in an error.
+        progress: Told how the reading of a long text goes.
 
     Raises:
         ContextLengthError: The prompt is too long, or what must stay whole is.
-        UnsupportedParameterError: Recall is asked for and off, or a sweep is asked for.
+        UnsupportedParameterError: Recall or a sweep is asked for, and recall is off.
+        EverminiError: What `UpstreamAsker.ask` says.
     """
     _check_reading(served, request, window)
     texts = [message.text() for message in request.messages]
@@ -68,40 +73,67 @@ async def make_prompt(
         num_tokens = await tokenise(num_characters, reader.assembler.measure, request, texts)
         if num_tokens + (request.max_output or least_room(window)) <= window:
             return Prompt(texts, num_tokens)
-    return await excerpts(reader, request, window, progress) or Prompt(texts, num_tokens)
+    return await read_down(served, request, window, timer, progress) or Prompt(texts, num_tokens)
 
 
-async def excerpts(
-    reader: LongReader, request: ChatRequest, window: int, progress: OnProgress | None
+async def read_down(
+    served: UpstreamModel,
+    request: ChatRequest,
+    window: int,
+    timer: RequestTimer,
+    progress: OnProgress | None,
 ) -> Prompt | None:
-    """Return a prompt with the excerpts that the question needs, or ``None`` if there is no long text in it.
+    """Return a prompt that fits: with the excerpts that the question needs, or with what a sweep found.
 
     Args:
-        reader: Finds them.
+        served: The model, which has a reader.
         request: The conversation.
         window: Tokens that the engine takes; a share of them is left free.
-        progress: Told how an ingest goes.
+        timer: As for `make_prompt`.
+        progress: As for `make_prompt`.
+
+    Returns:
+        The prompt; ``None`` if there is no long text in it.
 
     Raises:
         ContextLengthError: The prompt is too long, or what must stay whole is.
+        EverminiError: What `UpstreamAsker.ask` says.
     """
-    plan = await reader.plan(request, window=int(window * _SHARE))
+    assert served.reader is not None
+    reader, usable = served.reader, int(window * _SHARE)
+    plan = await reader.plan(request, window=usable)
     if plan is None:
         return None
-    recalled = await reader.read(request, plan, progress)
-    if request.reading == "auto" and needs_whole(plan.question):
-        recalled = replace(recalled, note=_NO_SWEEP)
+    chosen = choose(request.reading, plan, reader.sweep_limit)
+    if chosen.is_sweep:
+        return await _sweep(served, reader, request, plan, usable, timer, progress)
+    recalled = replace(await reader.read(request, plan, progress), note=chosen.note)
     return Prompt(recalled.texts, len(recalled.prompt), recalled)
 
 
+async def _sweep(
+    served: UpstreamModel,
+    reader: LongReader,
+    request: ChatRequest,
+    plan: Plan,
+    window: int,
+    timer: RequestTimer,
+    progress: OnProgress | None,
+) -> Prompt:
+    """Have the engine read all of the long texts, and meter that however it ends."""
+    asker = UpstreamAsker(served, (await served.found()).model, window)
+    try:
+        swept = await Sweep(asker, reader, request, plan, progress).run()
+    except BaseException:
+        if asker.tokens_read:
+            timer.used(asker.usage)
+        raise
+    swept = replace(swept, spent=asker.usage)
+    return Prompt(swept.texts, len(swept.prompt), swept)
+
+
 def _check_reading(served: UpstreamModel, request: ChatRequest, window: int | None) -> None:
-    if request.reading == "sweep":
-        raise UnsupportedParameterError(
-            "Sweeps need a model that this server runs itself; another engine runs this one. Set x_evermini.reading to "
-            "'auto', 'recall' or 'dense'.",
-            param="x_evermini.reading",
-        )
-    if request.reading == "recall" and (served.reader is None or window is None):
+    if request.reading in ("recall", "sweep") and (served.reader is None or window is None):
         missing = "Recall is not used" if served.reader is None else "The window is not known"
         raise UnsupportedParameterError(
             f"{missing} for this model. Set x_evermini.reading to 'auto' or 'dense', or have the operator switch the "
