@@ -8,7 +8,8 @@ Parts:
 
     ingest     tokens/s by length, each text fresh and read once in one process; bytes of index per token
     server     `evermini serve` with the longest prompt: first token warm, after a restart, after a restart with the
-               index's pages dropped from the page cache; decode speed against a short prompt; peak memory
+               index's pages dropped from the page cache; decode speed against a short prompt, with and without
+               speculation (what it gains depends on what is written, not on the prompt's length); peak memory
     llamacpp   llama.cpp's dense prefill (build_llamacpp.py) at --dense lengths, and what it would take beyond
 
 llama.cpp's time for a prompt of n tokens is taken as a*n + b*n^2 (matrices, attention), with a and b from the two
@@ -52,6 +53,7 @@ from evermini.text.tokenizer import Tokenizer
 PARTS = ("ingest", "server", "llamacpp")
 _QUESTIONS = 8
 _DECODED = 64
+_TURNS = 5
 _AROUND = 200
 """Tokens of a prompt beside its text, at most."""
 
@@ -118,32 +120,43 @@ def measure_server(model: str, data: Path, length: int, threads: int, log: Path)
         sys.executable, "-c", program, "serve", "--model", model, "--port", "{port}", "--threads", str(threads),
     ]  # fmt: skip
     found: dict[str, Any] = {"length": length}
+    client = httpx.Client(
+        timeout=3600
+    )  # made once: its certificates take longer to load than nano to answer
 
     def ask(facts: dict[str, float], body: str, city: str, tokens: int = 16) -> First:
         url = f"http://127.0.0.1:{facts['port']}/v1/chat/completions"
         content = user_message(INSTRUCTION, body, f"What is the secret code for {city}?")
-        return stream(url, {"model": model, "logit_bias": bias}, content, tokens)
+        return stream(client, url, {"model": model, "logit_bias": bias}, content, tokens)
+
+    def decode(facts: dict[str, float]) -> dict[str, list[float]]:
+        rates: dict[str, list[float]] = {"short": [], "long": []}
+        for turn in range(_TURNS):
+            rates["short"].append(ask(facts, short, short_cities[turn], _DECODED).rate)
+            rates["long"].append(ask(facts, text, cities[turn], _DECODED).rate)
+        return rates
 
     with running(command, "/healthz", log) as facts:
         ask(facts, short, short_cities[0])
         found["first"] = ask(facts, text, cities[0]).seconds
         found["warm"] = [ask(facts, text, city).seconds for city in cities[1:]]
-        rates: dict[str, list[float]] = {"short": [], "long": []}
-        for turn in range(3):
-            rates["short"].append(ask(facts, short, short_cities[turn], _DECODED).rate)
-            rates["long"].append(ask(facts, text, cities[turn], _DECODED).rate)
-        found["decode"] = rates
+        found["decode"] = decode(facts)
     found["peak_rss"] = facts[SERVER_RSS]
     with running(command, "/healthz", log) as facts:
         found["restarted"] = ask(facts, text, cities[1]).seconds
     drop_pages(path for digest in digests for path in folder.glob(f"{digest}.*"))
     with running(command, "/healthz", log) as facts:
         found["cold"] = ask(facts, text, cities[2]).seconds
+    with running([*command, "--speculation", "off"], "/healthz", log) as facts:
+        ask(facts, text, cities[0])
+        found["plain_decode"] = decode(facts)
     return found
 
 
-def stream(url: str, extra: dict[str, Any], content: str, tokens: int) -> First:
-    """Ask for ``tokens`` tokens and time them."""
+def stream(
+    client: httpx.Client, url: str, extra: dict[str, Any], content: str, tokens: int
+) -> First:
+    """Ask for ``tokens`` tokens and time them, from the request's first byte on."""
     body = {
         **extra,
         "messages": [{"role": "user", "content": content}],
@@ -152,10 +165,12 @@ def stream(url: str, extra: dict[str, Any], content: str, tokens: int) -> First:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    raw = json.dumps(body).encode()
+    headers = {"content-type": "application/json"}
     began = time.perf_counter()
     first = last = 0.0
     count = 0
-    with httpx.stream("POST", url, json=body, timeout=3600) as response:
+    with client.stream("POST", url, content=raw, headers=headers) as response:
         if response.status_code != 200:
             raise RuntimeError(f"HTTP {response.status_code}: {response.read()!r}")
         for line in response.iter_lines():
@@ -223,7 +238,6 @@ def ingest_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def server_table(found: dict[str, Any]) -> str:
     """Return Markdown: what a client of the server saw."""
-    long, short = (statistics.median(found["decode"][kind]) for kind in ("long", "short"))
     rows = [
         ("first question, the text is read", f"{found['first']:.1f} s"),
         (
@@ -233,12 +247,19 @@ def server_table(found: dict[str, Any]) -> str:
         ("the slowest of them", f"{max(found['warm']) * 1000:.0f} ms"),
         ("first token after a restart", f"{found['restarted'] * 1000:.0f} ms"),
         ("the same, index not in the page cache", f"{found['cold'] * 1000:.0f} ms"),
-        ("decode, against a prompt of 1k", f"{long:.0f} / {short:.0f} tok/s = {long / short:.2f}"),
+        ("decode, against a prompt of 1k", ratio(found["decode"])),
+        ("the same without speculation", ratio(found["plain_decode"])),
         ("peak memory of the server", f"{found['peak_rss']:,.0f} MB"),
     ]
     return "\n".join(
         [f"| {found['length']:,} tokens | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)]
     )
+
+
+def ratio(rates: dict[str, list[float]]) -> str:
+    """Return the median speeds with a long and a short prompt, and the one over the other."""
+    long, short = (statistics.median(rates[kind]) for kind in ("long", "short"))
+    return f"{long:.0f} / {short:.0f} tok/s = {long / short:.2f}"
 
 
 def llamacpp_table(seconds: dict[int, float], lengths: Sequence[int]) -> str:

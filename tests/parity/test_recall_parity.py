@@ -17,7 +17,14 @@ from evermini.recall import scan
 from evermini.recall.calibrate import Plan, calibrate, default_prefix
 from evermini.recall.calibration import Calibration, find_calibration, save_calibration
 from evermini.recall.load import load_calibration, open_recall
-from evermini.recall.scan import BLOCK, KeyRun, block_mass, even_starts, quantize_keys
+from evermini.recall.scan import (
+    BLOCK,
+    KeyRun,
+    block_mass,
+    even_starts,
+    quantize_keys,
+    weighted_mass,
+)
 from evermini.recall.segment import cut
 from evermini.recall.select import Policy
 from evermini.recall.synthetic import KINDS, generate
@@ -78,6 +85,29 @@ def test_native_scan_equals_pytorch(monkeypatch):
     native = block_mass(queries, runs, 81)
     monkeypatch.setattr(scan.kernels, "load", lambda: None)
     torch.testing.assert_close(native, block_mass(queries, runs, 81), rtol=1e-4, atol=1e-7)
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_queries", [1, 16, 17, 33, 48, 64, 65, 100, 130])
+def test_every_number_of_panels_equals_pytorch(monkeypatch, num_queries):
+    """Queries are scored 16 to 64 at a time, and keys 8, 4 and 1 at a time."""
+    runs, _ = random_runs([5, 29, 77, 2048], 64)
+    queries = torch.randn(num_queries, 64, generator=torch.Generator().manual_seed(1)) * 5
+    native = block_mass(queries, runs, 69)
+    monkeypatch.setattr(scan.kernels, "load", lambda: None)
+    torch.testing.assert_close(native, block_mass(queries, runs, 69), rtol=1e-4, atol=1e-7)
+
+
+def test_weighted_mass_is_the_masses_weighed():
+    runs, _ = random_runs([500, 2048, 31], 64)
+    generator = torch.Generator().manual_seed(1)
+    queries, weights = (
+        torch.randn(23, 64, generator=generator),
+        torch.randn(23, generator=generator),
+    )
+    together = weighted_mass(queries, weights, runs, 81)
+    slow = (block_mass(queries, runs, 81).double() @ weights.double()).float()
+    torch.testing.assert_close(together, slow, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("native", [pytest.param(True, marks=needs_kernels), False])

@@ -85,6 +85,7 @@ def test_tables_of_long_prompts(long_prompts: ModuleType) -> None:
     found = {
         "length": 100_000, "first": 30.0, "warm": [0.5, 0.7, 0.6], "restarted": 0.9, "cold": 1.5, "peak_rss": 1500.0,
         "decode": {"short": [50.0, 60.0, 40.0], "long": [45.0, 44.0, 46.0]},
+        "plain_decode": {"short": [30.0], "long": [30.0]},
     }  # fmt: skip
     text = long_prompts.server_table(found)
     assert "| first token of further questions, median | 600 ms |" in text

@@ -109,6 +109,11 @@ def test_later_tiers_take_smaller_texts_and_instructions():
     ]
 
 
+def test_a_tag_within_a_line_opens_no_document():
+    text = 'say <document name="a">\nx\n</document>\n<document name="b">\ny\n</document>\n\nWhat?'
+    assert [piece.name for piece in pieces(user(text)).long] == ["b"]
+
+
 def test_unclosed_documents_cost_linear_time():
     began = time.monotonic()
     pieces(user('<document name="x">\n' * 100_000))

@@ -10,7 +10,7 @@ import torch
 
 from evermini.errors import ModelError
 from evermini.recall.prompt import Span, excerpts
-from evermini.recall.segment import Segment, cut, tokenize
+from evermini.recall.segment import Segment, SegmentCache, cut, tokenize
 from evermini.recall.select import Policy, spread
 from evermini.recall.windows import Windows
 from tests.recall_fakes import WordTokenizer, fake_recall, filler
@@ -145,6 +145,50 @@ def test_cutting_keeps_everything_and_depends_on_what_is_before_only():
     longer = cut(text + "\nand more\n" * 300, "f", max_chars=5000)
     assert [s.digest for s in longer[: len(segments) - 1]] == [s.digest for s in segments[:-1]]
     assert "".join(s.text for s in cut("x" * 20_000, max_chars=3000)) == "x" * 20_000
+
+
+def test_what_was_cut_before_is_not_looked_at_again():
+    text = "\n\n".join(
+        f"[page {n}]\npage {n}: [page 7] is no mark\n" + filler(60, n) for n in range(40)
+    )
+    fresh = cut(text, "a.txt", max_chars=2000)
+    cache = SegmentCache()
+    first = cut(text, "a.txt", max_chars=2000, known=cache.known)
+    grown = cut(text + "\n\nand more", "a.txt", max_chars=2000, known=cache.known)
+    assert first == fresh
+    assert [s.page_of(len(s.text)) for s in first] == [s.page_of(len(s.text)) for s in fresh]
+    assert first[-1].page_of(len(first[-1].text)) == 39
+    assert all(a is b for a, b in zip(first[:-1], grown, strict=False))
+    other = cut(text, "b.txt", max_chars=2000, known=cache.known)
+    assert [s.name for s in other] == ["b.txt"] * len(fresh)
+    assert [s.digest for s in other] == [s.digest for s in fresh]
+
+
+def test_segments_are_kept_within_a_bound():
+    cache = SegmentCache(max_chars=100)
+    first, second, third = (Segment(letter * 40) for letter in "abc")
+    assert cache.known(first) is first
+    assert cache.known(second) is second
+    assert cache.known(Segment("a" * 40)) is first
+    cache.known(third)  # the second goes, which was not used since
+    assert cache.known(Segment("a" * 40)) is first
+    assert cache.known(Segment("b" * 40)) is not second
+
+
+def test_questions_to_one_context_do_not_disturb_each_other(tmp_path):
+    """What is kept of a context between questions changes no answer, also when part of it was evicted."""
+    text = place(2000, 700)
+    context = [Segment(text), Segment(filler(300, 5))]
+    recall = fake_recall(tmp_path)
+    questions = [QUESTION, "where is w17", "tulip zebra", QUESTION]
+    answers = [recall.ask(context, question) for question in questions]
+    for question, answer in zip(questions, answers, strict=True):
+        alone = fake_recall(tmp_path)
+        alone._tokenizer = recall._tokenizer
+        assert alone.ask(context, question).spans == answer.spans
+    assert recall.remove(context[1].digest)
+    assert recall.ask(context, QUESTION).spans == answers[0].spans
+    assert recall.verify() == []
 
 
 def test_windows_fit_and_keep_all_rows():

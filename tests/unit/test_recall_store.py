@@ -143,6 +143,22 @@ def test_damage_is_found_without_being_asked_for(tmp_path, undisturbed, caplog):
     assert {k: v for k, v in files(tmp_path).items() if k in undisturbed} == undisturbed
 
 
+def test_several_segments_are_checked_at_once(tmp_path, caplog):
+    texts = [Segment(filler(400, seed)) for seed in range(7)]
+    first = fake_recall(tmp_path)
+    first.ingest(texts)
+    before = files(tmp_path)
+    for number in (2, 5):
+        flip(first.store.folder / f"{texts[number].digest}.keys", 300)
+    recall = fake_recall(tmp_path)
+    recall._tokenizer = first._tokenizer
+    assert recall.missing_tokens(texts) == 0
+    assert recall.ingest(texts).num_repaired_chunks == 2
+    assert all(texts[number].digest[:12] in caplog.text for number in (2, 5))
+    assert files(tmp_path) == before
+    assert recall.ingest(texts).num_repaired_chunks == 0
+
+
 def test_damaged_tokens_are_made_again(tmp_path, undisturbed):
     fake_recall(tmp_path).ingest([Segment(TEXT)])
     path = next((tmp_path / "recall").glob("*/*.tokens"))

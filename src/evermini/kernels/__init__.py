@@ -115,7 +115,7 @@ _SIGNATURES = {
     "em_layers": (_Ptr(Shape), _P, _I, _Ptr(Batch), _Ptr(Workspace), _P, _Ptr(_P), _Ptr(_P)),
     "em_qkv": (_Ptr(Shape), _Ptr(Layer), _Ptr(Workspace), _P, _I),
     "em_logits": (_Ptr(Shape), _P, _Ptr(Linear), _Ptr(Workspace), _P, _I, _P),
-    "em_scan": (_Ptr(Run), _I, _I, _P, _P, _I, _P, _P),
+    "em_scan": (_Ptr(Run), _I, _I, _P, _P, _P, _I, _P, _P),
     "em_linear": (_Ptr(Linear), _Ptr(Activation), _P, _I, _P),
 }
 

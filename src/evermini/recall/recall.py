@@ -13,11 +13,13 @@ processor (an engine's step loop) can hand in its own to take turns.
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +47,7 @@ from evermini.recall.words import word_hash, words
 logger = logging.getLogger(__name__)
 
 _MAX_OPEN = 8192
+_MAX_SCANS = 4
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Recall:
         lock = threading.Lock()
         self._gate = gate if gate is not None else lambda: lock
         self._open: OrderedDict[str, IndexedSegment] = OrderedDict()
+        self._scans: OrderedDict[tuple[str, ...], ContextScan] = OrderedDict()
         self._open_lock = threading.Lock()
         self._null: list[Tensor] | None = None
 
@@ -181,9 +185,12 @@ class Recall:
                 self._forget(info.digest)
         total = sum(len(segment.ids) for segment in opened.values())
         done = sum(self._done_tokens(segment) for segment in opened.values())
+        _check([segment for segment in opened.values() if not segment.is_checked])
         for digest, segment in opened.items():
-            if segment.is_complete and digest in self._open:
+            if segment.is_complete and segment.is_checked:
+                self._remember(segment)
                 continue
+            self._forget(digest)
             with self.store.writing(digest):
                 if not self.store.touch(digest):  # evicted in the meantime, by another process
                     self.store.create(unique[digest], segment.ids, segment.char_starts)
@@ -199,6 +206,7 @@ class Recall:
                     new, done = new + end - start, done + end - start
                     if progress is not None:
                         progress(_progress(done, total, new, time.monotonic() - began))
+                segment.is_checked = True
             self._remember(segment)
         return Ingested(total, new, repaired, time.monotonic() - began), opened
 
@@ -211,6 +219,11 @@ class Recall:
                 return None
             missing += len(opened.ids) - self._done_tokens(opened)
         return missing
+
+    def num_tokens(self, digest: str) -> int | None:
+        """Return the tokens of a text, or ``None`` if it was never tokenised."""
+        found = self._find(digest)
+        return None if found is None else len(found.ids)
 
     def remove(self, digest: str) -> bool:
         """Delete a segment's index, unless someone is writing it."""
@@ -253,13 +266,16 @@ class Recall:
             opened = self._open.get(digest)
             if opened is not None:
                 self._open.move_to_end(digest)
-        if opened is None:
-            return self.store.open(digest)
-        self.store.touch(digest)
+        if opened is not None:
+            self.store.touch(digest)
+            return opened
+        opened = self.store.open(digest)
+        if opened is not None and opened.is_complete:
+            self._remember(opened)
         return opened
 
     def _remember(self, segment: IndexedSegment) -> None:
-        """Keep a segment open that is complete and was checked."""
+        """Keep a segment open that is complete."""
         with self._open_lock:
             self._open[segment.digest] = segment
             while len(self._open) > _MAX_OPEN:
@@ -268,6 +284,8 @@ class Recall:
     def _forget(self, digest: str) -> None:
         with self._open_lock:
             self._open.pop(digest, None)
+            for context in [context for context in self._scans if digest in context]:
+                del self._scans[context]
 
     def _done_tokens(self, segment: IndexedSegment) -> int:
         return min(len(segment.ids), segment.chunks_done() * self.calibration.windows.chunk)
@@ -360,7 +378,7 @@ class Recall:
         policy: Policy,
     ) -> _Asked | None:
         """Rank the passages; ``None`` if there are none, or nothing is asked."""
-        scan = ContextScan(self.calibration, opened)
+        scan = self._scan(opened)
         ids, char_starts = tokenize(self._tokenizer, Segment(question))
         if not len(ids) or not scan.num_blocks:
             return None
@@ -376,6 +394,21 @@ class Recall:
         blocks = scan.vote(queries, self._null, weights)
         ranking = scan.rank(blocks, hashes, policy, [segment.text for segment in segments])
         return _Asked(scan, ranking, began, queried)
+
+    def _scan(self, opened: Sequence[IndexedSegment]) -> ContextScan:
+        """Return the context's keys and words for one question; those of the last few contexts are kept."""
+        context = tuple(segment.digest for segment in opened)
+        with self._open_lock:
+            kept = self._scans.get(context)
+            if kept is not None and all(map(operator.is_, kept.segments, opened)):
+                self._scans.move_to_end(context)
+                return kept.for_question()
+        made = ContextScan(self.calibration, opened)
+        with self._open_lock:
+            self._scans[context] = made
+            while len(self._scans) > _MAX_SCANS:
+                self._scans.popitem(last=False)
+        return made.for_question()
 
     def queries(self, ids: Sequence[int]) -> list[Tensor]:
         """Return each pair's queries (heads, len(ids), head_dim) for a text that stands alone."""
@@ -405,6 +438,19 @@ class Recall:
             score=span.score,
             round=span.round,
         )
+
+
+def _check(segments: Sequence[IndexedSegment]) -> None:
+    """Read the records of complete segments, several at a time; those with none damaged are checked."""
+
+    def check(segment: IndexedSegment) -> None:
+        with suppress(FileNotFoundError):  # evicted in the meantime, by another process
+            segment.is_checked = not segment.damaged_chunks()
+
+    complete = [segment for segment in segments if segment.is_complete]
+    if complete:
+        with ThreadPoolExecutor(torch.get_num_threads(), "evermini-check") as pool:
+            list(pool.map(check, complete))
 
 
 def _progress(done: int, total: int, new: int, seconds: float) -> Progress:

@@ -17,7 +17,8 @@ from evermini import kernels
 
 BLOCK = 32
 """Keys per block at most: the resolution of selection, and of `kernels/recall.c`."""
-_LANES = 64
+_LANES = 16
+"""Queries that `kernels/recall.c` scores together."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,28 @@ def block_mass(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> Tens
     Returns:
         (num_blocks, Q) float32; each column sums to 1.
     """
-    block_max, block_sum = _scan(queries, runs, num_blocks)
-    mass = block_max.sub_(block_max.amax(0)).exp_().mul_(block_sum)
+    mass = _unscaled_mass(queries, runs, num_blocks)
     return mass.div_(mass.sum(0))
+
+
+def weighted_mass(
+    queries: Tensor, weights: Tensor, runs: Sequence[KeyRun], num_blocks: int
+) -> Tensor:
+    """Return ``block_mass(...) @ weights``, (num_blocks,), without writing the quotients down.
+
+    Args:
+        queries: As for `block_mass`, as the others are.
+        weights: (Q,) of each query.
+        runs: The keys.
+        num_blocks: Blocks of the whole context.
+    """
+    mass = _unscaled_mass(queries, runs, num_blocks)
+    return mass @ (weights / mass.sum(0))
+
+
+def _unscaled_mass(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> Tensor:
+    block_max, block_sum = _scan(queries, runs, num_blocks)
+    return block_max.sub_(block_max.amax(0)).exp_().mul_(block_sum)
 
 
 def _scan(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> tuple[Tensor, Tensor]:
@@ -79,8 +99,8 @@ def _scan(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> tuple[Ten
     padded = -(-count // _LANES) * _LANES
     q = torch.nn.functional.pad(q, (0, 0, 0, padded - count))
     scales = torch.nn.functional.pad(scales, (0, padded - count))
-    packed = (q.to(torch.int16) + 128).to(torch.uint8)
-    packed = packed.view(padded // _LANES, _LANES, dim // 4, 4).transpose(1, 2).contiguous()
+    offsets = 128 * q.to(torch.int32).sum(1, dtype=torch.int32)
+    packed = q.view(padded // _LANES, _LANES, dim // 4, 4).transpose(1, 2).contiguous()
     structs = (kernels.Run * len(runs))(
         *(
             kernels.Run(
@@ -95,7 +115,7 @@ def _scan(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> tuple[Ten
     )
     block_max, block_sum = torch.empty(num_blocks, padded), torch.empty(num_blocks, padded)
     library.em_scan(
-        structs, len(runs), dim, packed.data_ptr(), scales.data_ptr(), padded,
+        structs, len(runs), dim, packed.data_ptr(), offsets.data_ptr(), scales.data_ptr(), padded,
         block_max.data_ptr(), block_sum.data_ptr(),
     )  # fmt: skip
     return block_max[:, :count], block_sum[:, :count]

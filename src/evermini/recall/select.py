@@ -13,6 +13,7 @@ take    definitions of what the question names, if it names any (`evermini.recal
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from evermini.recall.calibration import Calibration
 from evermini.recall.definitions import Definition
-from evermini.recall.scan import BLOCK, KeyRun, block_mass
+from evermini.recall.scan import BLOCK, KeyRun, weighted_mass
 from evermini.recall.segment import Ids
 from evermini.recall.sentences import hashes, names, sentences, weight_of
 from evermini.recall.store import IndexedSegment
@@ -103,6 +104,9 @@ class Ranking:
 class ContextScan:
     """The keys and words of a list of segments, ready to be scored.
 
+    Costs some milliseconds to make for a long context, so it may serve many questions: `for_question` gives each one of
+    its own, and these can be used at the same time.
+
     Args:
         calibration: The index's.
         segments: The context, in order; all complete.
@@ -116,6 +120,10 @@ class ContextScan:
         self.first_passages = np.cumsum([0, *(len(s.passages) for s in segments)]).tolist()
         self.num_blocks: int = self.first_blocks[-1]
         self.num_passages: int = self.first_passages[-1]
+        self._passage_blocks = [
+            np.searchsorted(segment.blocks, segment.passages) + first
+            for segment, first in zip(self.segments, self.first_blocks, strict=False)
+        ]
         self._runs: list[list[KeyRun]] = [[] for _ in calibration.pairs]
         chunk_tokens = calibration.windows.chunk
         for segment, first in zip(self.segments, self.first_blocks, strict=False):
@@ -126,6 +134,12 @@ class ContextScan:
                 starts = torch.from_numpy(edges[begin : end + 1] - chunk * chunk_tokens)
                 for runs, (keys, scales) in zip(self._runs, segment.chunk_keys(chunk), strict=True):
                     runs.append(KeyRun(keys, scales, first + begin, starts))
+
+    def for_question(self) -> ContextScan:
+        """Return the same for one question: what it looks up stays its own."""
+        own = copy.copy(self)
+        own.words = self.words.for_question()
+        return own
 
     def vote(self, queries: Sequence[Tensor], null: Sequence[Tensor], weights: Tensor) -> Tensor:
         """Return each block's score, (num_blocks,): the vote of all heads, null question subtracted.
@@ -141,7 +155,7 @@ class ContextScan:
             both = torch.cat([asked.reshape(-1, dim), nothing.reshape(-1, dim)])
             share = torch.full((both.shape[0],), -1 / nothing.shape[1])
             share[: heads * length] = weights.repeat(heads)
-            total += block_mass(both, runs, self.num_blocks) @ share
+            total += weighted_mass(both, share, runs, self.num_blocks)
         return total
 
     def rank(
@@ -226,11 +240,8 @@ class ContextScan:
 
     def _by_passage(self, blocks: Tensor) -> Tensor:
         """Return each passage's best block's score."""
-        firsts = [
-            np.searchsorted(segment.blocks, segment.passages) + first
-            for segment, first in zip(self.segments, self.first_blocks, strict=False)
-        ]
-        return torch.from_numpy(np.maximum.reduceat(blocks.numpy(), np.concatenate(firsts)))
+        firsts = np.concatenate(self._passage_blocks)
+        return torch.from_numpy(np.maximum.reduceat(blocks.numpy(), firsts))
 
     def block_place(self, block: int) -> tuple[int, int, int]:
         """Return the segment of a block, its first token there and the end."""
@@ -326,8 +337,9 @@ def take(
     """
     scores = ranking.total
     taken = _take_defined(scan, defined, float(scores.max()), policy.max_tokens // 2)
-    order = torch.topk(scores, min(scan.num_passages, 4096)).indices.tolist()
-    floor = max(0.0, float(scores[order[0]]) * policy.falloff)
+    best = torch.topk(scores, min(scan.num_passages, 4096))
+    order, values = best.indices.tolist(), best.values.tolist()
+    floor = max(0.0, values[0] * policy.falloff)
     direct_floor = max(0.0, float(ranking.direct.max()) * policy.falloff)
     budget = policy.max_tokens
     for block in taken:
@@ -335,8 +347,8 @@ def take(
         budget -= end - start
     wanted = [
         passage
-        for number, passage in enumerate(order)
-        if number < policy.min_passages or float(scores[passage]) > floor
+        for number, (passage, value) in enumerate(zip(order, values, strict=True))
+        if number < policy.min_passages or value > floor
     ]
     for passage in dict.fromkeys([*wanted, *ranking.linked]):
         if budget <= 0:

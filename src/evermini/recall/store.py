@@ -89,7 +89,10 @@ class IndexedSegment:
         passages: (p,) the token where each passage begins.
         blocks: (b,) the token where each block begins.
         words: Which words stand in which passage.
+        is_checked: Every record was read by this process, and is what was written.
     """
+
+    is_checked = False
 
     def __init__(self, calibration: Calibration, folder: Path, digest: str) -> None:
         self.digest = digest
@@ -167,13 +170,14 @@ class IndexedSegment:
             finally:
                 os.close(descriptor)
         if not replacing:
-            self._chunks.clear()
+            self._chunks = []
 
     def chunk_keys(self, chunk: int) -> list[tuple[Tensor, Tensor]]:
         """Return each pair's keys (n, head_dim) int8 and scales (n,) float32, in memory-mapped pages."""
-        if not self._chunks:
-            self._chunks = self._map()
-        return self._chunks[chunk]
+        chunks = self._chunks
+        if not chunks:
+            chunks = self._chunks = self._map()
+        return chunks[chunk]
 
     def _map(self) -> list[list[tuple[Tensor, Tensor]]]:
         done, dim = self.chunks_done(), self._calibration.head_dim
@@ -197,16 +201,18 @@ class IndexedSegment:
         bad: list[int] = []
         if not (done := self.chunks_done()):
             return bad
+        room = memoryview(bytearray(self._record_bytes(self._chunk_tokens(0))))
         with self._keys_path.open("rb") as file:
             for chunk in range(done):
-                record = file.read(self._record_bytes(self._chunk_tokens(chunk)))
-                magic, index, n, crc = _RECORD.unpack_from(record)
-                body = memoryview(record)[_RECORD.size :]
-                if (magic, index, n) != (
-                    _RECORD_MAGIC,
-                    chunk,
-                    self._chunk_tokens(chunk),
-                ) or zlib.crc32(body) != crc:
+                num_tokens = self._chunk_tokens(chunk)
+                record = room[: self._record_bytes(num_tokens)]
+                num_bytes = file.readinto(record)
+                *head, crc = _RECORD.unpack_from(record)
+                if (
+                    num_bytes != len(record)
+                    or head != [_RECORD_MAGIC, chunk, num_tokens]
+                    or zlib.crc32(record[_RECORD.size :]) != crc
+                ):
                     bad.append(chunk)
         return bad
 

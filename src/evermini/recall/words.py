@@ -6,6 +6,7 @@ and know no synonyms. Each finds what the other misses (figures in docs/log.md).
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import zlib
@@ -158,6 +159,12 @@ class PassageWords:
         mean = float(length.mean()) if len(length) else 1.0
         self._saturation = (K1 * (1 - B + B * length / max(mean, 1.0))).astype(np.float32)
         self._found: dict[int, tuple[Ids, Floats]] = {}
+
+    def for_question(self) -> PassageWords:
+        """Return the same with nothing looked up yet."""
+        own = copy.copy(self)
+        own._found = {}
+        return own
 
     def look_up(self, asked: Iterable[int]) -> None:
         """Find words in all segments at once; asking for them one by one takes longer where segments are many."""

@@ -17,7 +17,7 @@ from itertools import groupby, pairwise
 
 from evermini.errors import ContextLengthError
 from evermini.recall.prompt import Span, excerpts
-from evermini.recall.segment import Segment, cut
+from evermini.recall.segment import Segment, SegmentCache, cut
 from evermini.service.parts import QUESTION_CHARS, TIERS, Parts, Piece, split
 from evermini.service.questions import follows_up
 from evermini.service.rendering import encode
@@ -142,6 +142,7 @@ class Assembler:
     ) -> None:
         self._tokenizer, self._template = tokenizer, template
         self._known = known
+        self._segments = SegmentCache()
         self._counts: OrderedDict[str, int] = OrderedDict()
         self._counting = threading.Lock()
 
@@ -169,7 +170,7 @@ class Assembler:
                 break
         if not skeleton:
             return None
-        pieces = [cut(piece.text, piece.name) for piece in parts.long]
+        pieces = [cut(piece.text, piece.name, known=self._segments.known) for piece in parts.long]
         lengths = [sum(map(self.count, found)) for found in pieces]
         full = skeleton + sum(lengths)
         if full > limit:

@@ -29,6 +29,7 @@ ANSWER_CHARS = 200
 """What of its answer does."""
 _SHORT_QUESTION = 24
 """A last paragraph shorter than this and without a question mark ("Answer:") takes the one before it along."""
+_TAG = '<document name="'
 _OPENING = re.compile(r'^<document name="([^"\n]*)"( end="[^"\n]+")?>\n', re.MULTILINE)
 
 
@@ -155,7 +156,12 @@ def _documents(text: str) -> list[tuple[str, int, str, int]]:
     """Return each document's name, start, body and end; linear in the text, whatever stands in it."""
     found: list[tuple[str, int, str, int]] = []
     at = 0
-    while match := _OPENING.search(text, at):
+    # Finding the tag first is many times as fast as asking the pattern at every line.
+    while (at := text.find(_TAG, at)) >= 0:
+        match = _OPENING.match(text, at)
+        if match is None:
+            at += 1
+            continue
         # From the line end of the opening on, so that an empty document closes, too.
         closing = f"\n</document{match[2] or ''}>"
         close = text.find(closing, match.end() - 1)

@@ -245,8 +245,7 @@ class LongReader:
             return None  # the index counts in other tokens
         if self._recall is None and find_calibration(self.home, self.indexer.weights) is None:
             return None  # nothing can be indexed yet, and calibrating takes too long for a plan
-        indexed = self.recall().store.open(digest)
-        return len(indexed.ids) if indexed else None
+        return self.recall().num_tokens(digest)
 
     def recall(self) -> Recall:
         """Return recall; an unknown model is calibrated first, which takes a minute or more."""
