@@ -82,7 +82,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     oracle = save_vlm(request.param, folder)
     checkpoint = open_checkpoint(folder)
-    tower = load_tower(checkpoint)
+    tower = load_tower(checkpoint, precision="fp32")
     assert tower is not None
     tokenizer = Tokenizer(checkpoint.tokenizer)
     return Loaded(oracle, checkpoint, Sight(tower, tokenizer, window=1024), ChatTemplate(tokenizer))
@@ -233,7 +233,7 @@ def test_images_are_computed_once_and_again_when_forgotten(
 
 
 def test_an_image_that_nobody_waits_for_ends_after_the_layer_in_work(loaded: Loaded) -> None:
-    tower = load_tower(loaded.checkpoint)
+    tower = load_tower(loaded.checkpoint, precision="fp32")
     assert tower is not None
     answers = iter([False, True])
     with pytest.raises(EngineStoppedError):
@@ -302,7 +302,7 @@ def test_what_newer_versions_of_transformers_name_otherwise_is_found(
         logits_of(Decoder(renamed), ids, embedded),
         logits_of(Decoder(loaded.checkpoint), ids, embedded),
     )
-    tower, other = load_tower(loaded.checkpoint), load_tower(renamed)
+    tower, other = (load_tower(c, precision="fp32") for c in (loaded.checkpoint, renamed))
     assert tower is not None
     assert other is not None
     assert torch.equal(tower.encode(tower.prepare(WIDE)), other.encode(other.prepare(WIDE)))

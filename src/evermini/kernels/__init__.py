@@ -27,8 +27,8 @@ from evermini.config import default_home
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("linear.c", "lora.c", "attention.c", "decoder.c", "recall.c")
-HEADERS = ("simd.h", "evermini.h")
+SOURCES = ("linear.c", "lora.c", "attention.c", "decoder.c", "encoder.c", "recall.c")
+HEADERS = ("simd.h", "evermini.h", "tiles.h")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 
 _P = ctypes.c_void_p
@@ -102,6 +102,32 @@ class Workspace(ctypes.Structure):
     _fields_ = (("act", Activation), ("qkv", _P), ("attn", _P), ("gated", _P))
 
 
+class EncoderLayer(ctypes.Structure):
+    """``EncoderLayer`` of encoder.c."""
+
+    _fields_ = (
+        ("qkv", Linear), ("o", Linear), ("up", Linear), ("down", Linear),
+        ("norm1", _P), ("bias1", _P), ("norm2", _P), ("bias2", _P),
+    )  # fmt: skip
+
+
+class EncoderShape(ctypes.Structure):
+    """``EncoderShape`` of encoder.c."""
+
+    _fields_ = (
+        ("hidden_size", _I), ("num_heads", _I), ("head_dim", _I), ("is_gated", _I), ("eps", ctypes.c_float),
+    )  # fmt: skip
+
+
+class EncoderBatch(ctypes.Structure):
+    """``EncoderBatch`` of encoder.c."""
+
+    _fields_ = (
+        ("num_rows", _I), ("span_of_row", _P), ("starts", _P), ("blocks", _P), ("cos", _P), ("sin", _P),
+        ("hidden", _P), ("q", _P), ("k", _P), ("v", _P), ("act", Activation), ("wide", _P), ("attn", _P),
+    )  # fmt: skip
+
+
 class Run(ctypes.Structure):
     """``Run`` of recall.c."""
 
@@ -115,6 +141,8 @@ _SIGNATURES = {
     "em_layers": (_Ptr(Shape), _P, _I, _Ptr(Batch), _Ptr(Workspace), _P, _Ptr(_P), _Ptr(_P)),
     "em_qkv": (_Ptr(Shape), _Ptr(Layer), _Ptr(Workspace), _P, _I),
     "em_logits": (_Ptr(Shape), _P, _Ptr(Linear), _Ptr(Workspace), _P, _I, _P),
+    "em_encoder_keys": (_Ptr(EncoderShape), _Ptr(EncoderLayer), _Ptr(EncoderBatch), _I, _I),
+    "em_encoder_rows": (_Ptr(EncoderShape), _Ptr(EncoderLayer), _Ptr(EncoderBatch), _I, _I),
     "em_scan": (_Ptr(Run), _I, _I, _P, _P, _P, _I, _P, _P),
     "em_linear": (_Ptr(Linear), _Ptr(Activation), _P, _I, _P),
 }

@@ -58,8 +58,7 @@ static void hadamard_row(float *x, int64_t k) {
     }
 }
 
-/* Rotate (in place) and quantise one row of k inputs; x must have room for k_padded. */
-static void quantize_row(float *x, int64_t k, const Activation *out, int64_t row) {
+void quantize_row(float *x, int64_t k, const Activation *out, int64_t row) {
     const int64_t k_padded = (k + 31) / 32 * 32, groups = k_padded / 32;
     for (int64_t i = k; i < k_padded; i++) x[i] = 0;
     hadamard_row(x, k);
@@ -81,7 +80,7 @@ static void quantize_row(float *x, int64_t k, const Activation *out, int64_t row
     sums[groups] = total;
 }
 
-static void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y) {
+void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y) {
     f32x16 sum = splatf(0);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) { f32x16 v = loadf(x + i); sum += v * v; }
@@ -90,8 +89,6 @@ static void rms_norm_row(const float *x, const float *weight, int64_t n, float e
     const float scale = 1.0f / sqrtf(total / (float)n + eps);
     for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
-
-INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
 
 /* Rows with adapters leave their inputs in lora->x, too. */
 static void norm_quantize_team(Team *team, const float *x, const float *weight, int64_t m, int64_t k, float eps, const Activation *out,
@@ -110,7 +107,7 @@ static void norm_quantize_team(Team *team, const float *x, const float *weight, 
     team_wait(team);
 }
 
-static void quantize_team(Team *team, const float *x, int64_t m, int64_t ldx, int64_t k, const Activation *out) {
+void quantize_team(Team *team, const float *x, int64_t m, int64_t ldx, int64_t k, const Activation *out) {
 #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < m; r++) {
         float *tmp = thread_scratch(SCRATCH_ROW, padded(k) * 4);
@@ -162,9 +159,6 @@ void team_wait(Team *team) {
         }
     }
 }
-
-/* First thing in every parallel region. */
-#define TEAM_START(team) _Pragma("omp single") (team).threads = omp_get_num_threads()
 
 /* `count` layers. hidden (T, hidden_size) float32 is updated in place; ws->qkv is left holding the last layer's
  * unrotated q, k, v. k_caches and v_caches point at each layer's KV memory. */

@@ -95,12 +95,19 @@ typedef struct {
 } Workspace;
 
 /* STORE: y = x W^T. ADD: y += x W^T (a residual). GATE: W's rows are 32 gates, 32 factors, 32 gates, ... and y, half as
- * wide, is silu(gate) * factor. */
-typedef enum { STORE, ADD, GATE } Output;
+ * wide, is silu(gate) * factor. GELU: y = gelu(x W^T). */
+typedef enum { STORE, ADD, GATE, GELU } Output;
 void linear_team(Team *team, const Linear *w, const Activation *x, int64_t m, float *y, int64_t ldy, Output output,
                  const LoraCall *lora);
 /* Fill lora->t for a call from its rows' inputs x (T - first, ldx) with k inputs; the rest up to 16 of them is 0. */
 void lora_team(Team *team, const LoraCall *call, const float *x, int64_t ldx, int64_t k);
+/* First thing in every parallel region. */
+#define TEAM_START(team) _Pragma("omp single") (team).threads = omp_get_num_threads()
+INLINE int64_t padded(int64_t k) { return (k + 31) / 32 * 32; }
+/* Rotate (in place) and quantise one row of k inputs; x must have room for padded(k). */
+void quantize_row(float *x, int64_t k, const Activation *out, int64_t row);
+void quantize_team(Team *team, const float *x, int64_t m, int64_t ldx, int64_t k, const Activation *out);
+void rms_norm_row(const float *x, const float *weight, int64_t n, float eps, float *y);
 int64_t attention_plan(const Shape *s, const Batch *b, void **tasks, int64_t *partial_floats);
 void attention_team(Team *team, const Shape *s, const Batch *b, const void *tasks, int64_t count, const float *qkv,
                     const uint16_t *k, const uint16_t *v, float *attn, float *partial);

@@ -50,6 +50,13 @@ INLINE f32x16 silu(f32x16 g) {
     return g * selectf(g >= 0, splatf(1), e) / (e + 1.0f);
 }
 
+/* The tanh form: x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)). */
+INLINE f32x16 gelu(f32x16 x) {
+    const f32x16 z = (x + x * x * x * 0.044715f) * 1.5957691216f;
+    const f32x16 e = exp_nonpositive(-absf(z));
+    return x * selectf(z >= 0, splatf(1), e) / (e + 1.0f);
+}
+
 /* Turn one row's `vectors` sums of a panel (vector i is number z0 + i * step) into outputs of y's row, each with what
  * its adapter adds to it; delta is NULL (a constant) for rows without one. */
 INLINE void finish(const Linear *w, const i32x16 *acc, const f32x16 *delta, int z0, int step, int vectors, float scale,
@@ -68,8 +75,9 @@ INLINE void finish(const Linear *w, const i32x16 *acc, const f32x16 *delta, int 
     }
     UNROLL for (int i = 0; i < vectors; i++) {
         const int64_t n = n0 + (z0 + i * step) * 16;
-        const f32x16 v = scaled(w, acc[i], scale, n);
-        write_vector(y, n, w->n, delta ? v + delta[i] : v, output);
+        f32x16 v = scaled(w, acc[i], scale, n);
+        if (delta) v += delta[i];
+        write_vector(y, n, w->n, output == GELU ? gelu(v) : v, output);
     }
 }
 

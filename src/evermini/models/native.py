@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from evermini import kernels
-from evermini.config import default_home
 from evermini.models.batch import BLOCK_SIZE, ForwardBatch, KVCache, QueriesKeys, whole_prompt
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
@@ -92,7 +91,7 @@ class NativeDecoder:
         self._library = library
         self.config: ModelConfig = checkpoint.config
         config = self.config
-        self._weights = open_packed(checkpoint, bits, home or default_home())
+        self._weights = open_packed(checkpoint, bits, home)
         structs = [self._layer_struct(index, bits) for index in range(config.num_layers)]
         self._layers = (kernels.Layer * config.num_layers)(*structs)
         self._head = linear_struct(

@@ -7,6 +7,8 @@ renamed when whole. Its metadata tells the format version and the checkpoint's f
 
     weights = open_packed(checkpoint, 8, home)       # dict of tensors; quantises on first use
     weights["layers.0.qkv.data"]                     # bytes that kernels/linear.c reads
+
+Other parts of a checkpoint have files of their own, by `open_part` (a vision tower: `evermini.models.encoder`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import logging
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor
 
+from evermini.config import default_home
 from evermini.errors import DiskSpaceError, is_disk_full
 from evermini.models.checkpoint import Checkpoint
 from evermini.models.decoder import load_layer
@@ -38,13 +41,13 @@ _DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def open_packed(checkpoint: Checkpoint, bits: int, home: Path) -> dict[str, Tensor]:
+def open_packed(checkpoint: Checkpoint, bits: int, home: Path | None) -> dict[str, Tensor]:
     """Map the packed weights of ``checkpoint`` at ``bits`` bits, making the file if it is not there.
 
     Args:
         checkpoint: Where the weights come from.
         bits: 8, 6, 5 or 4; the output projection keeps at least 6.
-        home: Folder of all caches (``EVERMINI_HOME``).
+        home: Folder of all caches (``EVERMINI_HOME``); by default `evermini.config.default_home`.
 
     Returns:
         Read-only tensors by name: ``embedding`` (float16), ``norm``, ``head.*`` and ``layers.N.*``.
@@ -52,16 +55,39 @@ def open_packed(checkpoint: Checkpoint, bits: int, home: Path) -> dict[str, Tens
     Raises:
         DiskSpaceError: The file does not fit on the disk.
     """
-    folder = home / PACKED
-    path = folder / f"{checkpoint.fingerprint}-int{bits}-v{VERSION}.safetensors"
+    return open_part(checkpoint, f"int{bits}-v{VERSION}", lambda: _pack(checkpoint, bits), home)
+
+
+def open_part(
+    checkpoint: Checkpoint,
+    part: str,
+    pack: Callable[[], Iterator[tuple[str, Tensor]]],
+    home: Path | None,
+) -> dict[str, Tensor]:
+    """Map a file of packed weights, making it if it is not there.
+
+    Args:
+        checkpoint: Where the weights come from.
+        part: What of it, in which precision and format; in the file's name.
+        pack: Yields the tensors, read and packed.
+        home: Folder of all caches (``EVERMINI_HOME``); by default `evermini.config.default_home`.
+
+    Returns:
+        Read-only tensors by name.
+
+    Raises:
+        DiskSpaceError: The file does not fit on the disk.
+    """
+    folder = (home or default_home()) / PACKED
+    path = folder / f"{checkpoint.fingerprint}-{part}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
                 logger.info(
-                    "quantising %s to int%d (once; kept in %s)", checkpoint.path.name, bits, folder
+                    "quantising %s to %s (once; kept in %s)", checkpoint.path.name, part, folder
                 )
-                _write(path, _pack(checkpoint, bits), {"fingerprint": checkpoint.fingerprint})
+                _write(path, pack(), {"fingerprint": checkpoint.fingerprint})
     return _map(path)
 
 

@@ -1,9 +1,12 @@
-"""Work whose time grows with the prompt, kept off the event loop where it would be felt."""
+"""Work that takes long, kept out of the way: off the event loop, or behind the engine."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -11,6 +14,7 @@ T = TypeVar("T")
 
 INLINE_CHARACTERS = 4096
 """Up to here tokenising takes a millisecond or two: less than a thread may have to wait for its turn."""
+_NICENESS = 10
 
 
 async def tokenise(
@@ -20,3 +24,13 @@ async def tokenise(
     if num_characters <= INLINE_CHARACTERS:
         return work(*args, **kwargs)
     return await asyncio.to_thread(work, *args, **kwargs)
+
+
+def step_back() -> None:
+    """Lower this thread's priority (Linux: of one thread); helper threads that it starts inherit that.
+
+    The engine's threads then come first wherever both want a core: a stream slows down by what memory and caches are
+    shared, not by half.
+    """
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

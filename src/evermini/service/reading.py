@@ -14,12 +14,10 @@ waits can leave: an ingest ends after the chunk in work (a second or two), and t
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +30,7 @@ from evermini.recall.recall import Ingested, Progress, Recall, Selection
 from evermini.recall.segment import Segment
 from evermini.recall.select import Policy
 from evermini.service.assembly import MAX_PROMPT_TOKENS, Assembler, Passage, Plan, texts
+from evermini.service.offload import step_back
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
 from evermini.text.tokenizer import Tokenizer
@@ -40,8 +39,6 @@ T = TypeVar("T")
 
 OnProgress = Callable[[Progress], None]
 """Told how an ingest goes, from the thread that does it."""
-
-_NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ class LongReader:
         self._num_urgent = 0
         self._opening = threading.Lock()
         self._closed = threading.Event()
-        self._slow = ThreadPoolExecutor(1, "evermini-ingest", initializer=_step_back)
+        self._slow = ThreadPoolExecutor(1, "evermini-ingest", initializer=step_back)
         self._quick = ThreadPoolExecutor(2, "evermini-recall")
 
     async def plan(self, request: ChatRequest, *, window: int) -> Plan | None:
@@ -268,9 +265,3 @@ class LongReader:
 
 def _stopped() -> EngineStoppedError:
     return EngineStoppedError("The server is shutting down. Try another server, or later.")
-
-
-def _step_back() -> None:
-    """Lower this thread's priority (Linux: of one thread); helper threads it starts inherit that."""
-    with suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

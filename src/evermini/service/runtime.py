@@ -239,7 +239,7 @@ def load_tier(
     entry, checkpoint, tokenizer = loaded.entry, loaded.checkpoint, loaded.tokenizer
     template = ChatTemplate(tokenizer)
     device = loaded.model.device if isinstance(loaded.model, Decoder) else "cpu"
-    tower = load_tower(checkpoint, device=device)
+    tower = load_tower(checkpoint, device=device, precision=settings.precision, home=settings.home)
     worker = start_worker(loaded.model, settings)
     sight = None if tower is None else Sight(tower, tokenizer, window=worker.max_model_len)
     reader = None

@@ -4,9 +4,11 @@
     ids, places = place(ids, sight.image_token_id, [seen])    # the prompt with all tokens that each image takes
     embedded = await sight.embed(ids, places)         # what the engine reads at these tokens
 
-One thread does all of it, so equal images that come at once are computed once, and what nobody waits for any more ends
-after the layer in work. Embeddings are kept in memory, the least recently used go first. The engine's prefix cache
-knows an image by the same hash, so a conversation that goes on finds it computed.
+Two threads do it. One opens images, so what cannot be read is refused and what is known is found while another image
+is computed. The other computes them, one after the other, so equal images that come at once are computed once; it steps
+back behind the engine, and what nobody waits for any more ends after the piece in work. Embeddings are kept in memory,
+the least recently used go first. The engine's prefix cache knows an image by the same hash, so a conversation that goes
+on finds it computed.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from evermini.errors import (
 from evermini.service import tracing
 from evermini.service.attachments import Detail
 from evermini.service.image_tokens import LOW_PIXELS, MAX_PATCHES, PATCH
+from evermini.service.offload import step_back
 from evermini.text.tokenizer import Tokenizer
 from evermini.vision.images import open_image, shrunk
 from evermini.vision.tower import TowerInput, VisionTower
@@ -121,10 +124,10 @@ class Sight:
         self._tower = tower
         self._tokenizer = tokenizer
         self._max_bytes = max_bytes
-        self._known: OrderedDict[bytes, Seen] = (
-            OrderedDict()
-        )  # touched by the pool's one thread only
-        self._pool = ThreadPoolExecutor(1, "evermini-sight")
+        self._known: OrderedDict[bytes, Seen] = OrderedDict()
+        self._lock = threading.Lock()  # of what is known
+        self._looking = ThreadPoolExecutor(1, "evermini-look")
+        self._computing = ThreadPoolExecutor(1, "evermini-sight", initializer=step_back)
         self._is_closed = False
 
     async def look(self, data: bytes, detail: Detail) -> Seen:
@@ -138,7 +141,7 @@ class Sight:
             InvalidRequestError: It is no image that is taken, damaged, or of a shape that the model cannot look at.
             EngineStoppedError: This was closed.
         """
-        return await self._in_pool(self._look, data, detail)
+        return await self._in(self._looking, self._look, data, detail)
 
     def check(self, images: Sequence[Seen]) -> None:
         """Check that images alone do not exceed the window, before more of them are opened.
@@ -168,7 +171,7 @@ class Sight:
         with tracing.span("evermini.see", {"evermini.images": len(places)}):
             left = threading.Event()
             try:
-                values = [await self._in_pool(self._values, at.image, left) for at in places]
+                values = [await self._embedding(at.image, left) for at in places]
             finally:
                 left.set()
         runs = [
@@ -180,21 +183,24 @@ class Sight:
         return Embedded(tuple(runs), axes_of(len(token_ids), places) if has_axes else None)
 
     def close(self) -> None:
-        """End what runs after the layer in work; nothing is accepted any more."""
+        """End what runs after the piece in work; nothing is accepted any more."""
         self._is_closed = True
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._looking, self._computing):
+            pool.shutdown(cancel_futures=True)
 
     def _look(self, data: bytes, detail: Detail) -> Seen:
         is_low = detail == "low"
         key = hashlib.sha256(b"low" * is_low + b"\0" + data).digest()
-        if (known := self._known.get(key)) is not None:
-            self._known.move_to_end(key)
-            return known
+        with self._lock:
+            if (known := self._known.get(key)) is not None:
+                self._known.move_to_end(key)
+                return known
         size, waiting = self._prepare(data, is_low)
         token_ids = tuple(self._ids(waiting.segments))
         seen = Seen(key, data, is_low, size, token_ids, waiting.grid, waiting)
-        self._known[key] = seen
-        self._trim()
+        with self._lock:
+            self._known[key] = seen
+            self._trim()
         return seen
 
     def _prepare(self, data: bytes, is_low: bool) -> tuple[tuple[int, int], TowerInput]:
@@ -210,6 +216,12 @@ class Sight:
         parts = (p for s in segments for p in ([s] if isinstance(s, int) else split(s)))
         return self._tokenizer.encode_segments(("", *parts))
 
+    async def _embedding(self, seen: Seen, left: threading.Event) -> Tensor:
+        """Return an image's embeddings, without waiting for others if they are known."""
+        if seen.values is not None:
+            return seen.values
+        return await self._in(self._computing, self._values, seen, left)
+
     def _values(self, seen: Seen, left: threading.Event) -> Tensor:
         """Return an image's embeddings, computed at most once; ends when whoever waits has ``left``."""
         if seen.values is None:
@@ -221,23 +233,26 @@ class Sight:
                     f"The model failed while looking at an image ({error}). The server goes on; send the request "
                     "again, or a smaller image if memory ran out."
                 ) from error
-            seen.waiting, seen.data = None, b""
-            self._trim()
+            with self._lock:
+                seen.waiting, seen.data = None, b""
+                self._trim()
         return seen.values
 
     def _trim(self) -> None:
-        """Forget the oldest; a request that has one of them still prepares it anew when its turn comes."""
+        """Forget the oldest (under the lock); a request that still has one of them prepares it anew at its turn."""
         size = sum(seen.num_bytes for seen in self._known.values())
         while size > self._max_bytes:
             _, oldest = self._known.popitem(last=False)
             size -= oldest.num_bytes
             oldest.waiting = None
 
-    async def _in_pool(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _in(
+        self, pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
         if self._is_closed:
             raise EngineStoppedError("The server is shutting down. Try another server, or later.")
         call = partial(work, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
 
 
 def place(

@@ -4,18 +4,21 @@
     image = tower.prepare(picture)      # resized, cut and normalised as the checkpoint's preprocessor says
     tower.encode(image)                 # (tokens, hidden_size)
 
-The towers and the preprocessors are those of `transformers`, with the checkpoint's weights; the language model is not
-loaded there. Qwen2.5-VL gives one row for each 28 x 28 pixels of a resized image, in a grid. Idefics3 and SmolVLM cut
-an image into tiles and give the same number of rows for each, and for the whole image shrunk to one tile.
+The preprocessors are those of `transformers`. What computes is our own int8 kernels on a CPU (`native.py`), or the
+modules of `transformers` with the checkpoint's weights (`network.py`). Qwen2.5-VL gives one row for each 28 x 28
+pixels of a resized image, in a grid. Idefics3 and SmolVLM cut an image into tiles and give the same number of rows for
+each, and for the whole image shrunk to one tile.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +30,18 @@ from evermini.errors import (
     EngineStoppedError,
     InvalidRequestError,
 )
+from evermini.models import encoder
 from evermini.models.checkpoint import Checkpoint, VisionSource
+from evermini.models.load import Precision
+from evermini.models.packed import open_part
+from evermini.vision.native import NativeIdefics, NativeNetwork, NativeQwen
+from evermini.vision.network import (
+    Network,
+    TorchIdefics,
+    TorchNetwork,
+    TorchQwen,
+    check_weights,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIN_TRANSFORMERS = "5.23"
+_PACKED = "vision-int8-v1"
+"""Part of the file's name that has the packed weights: their precision, and the version of their format."""
 
 
 @dataclass(frozen=True)
@@ -64,18 +80,25 @@ class VisionTower(ABC):
     Args:
         source: The checkpoint's vision part.
         checkpoint: Where the weights come from.
-        device: Where to compute: float32 on the CPU, bfloat16 on CUDA.
+        device: Where to compute.
+        precision: How precisely; see `load_tower`.
+        home: Folder of all caches.
     """
 
-    output: str
-    """Name of the weights whose first dimension is the width of what `encode` returns."""
+    torch_network: type[TorchNetwork]
+    native_network: type[NativeNetwork]
 
-    def __init__(self, source: VisionSource, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: VisionSource,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        precision: Precision,
+        home: Path | None,
+    ) -> None:
         from transformers import AutoConfig, AutoImageProcessor
 
         self.image_token_id = source.image_token_id
-        self._device = device
-        self._dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         try:
             self._config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
             # Not torchvision's, which rounds otherwise: what a model sees must not depend on what is installed.
@@ -87,32 +110,51 @@ class VisionTower(ABC):
                 f"{checkpoint.path}: transformers cannot read its image settings ({error}). A vision-language "
                 "checkpoint needs config.json and preprocessor_config.json as they were published; fetch them again."
             ) from error
+        with torch.device("meta"):
+            modules = self.torch_network.build(self._config)
+        check_weights(modules, checkpoint, source, self.torch_network.output)
+        self._network: Network
+        if self._is_native(checkpoint, device, precision):
+            kind = "int8"
+            self._network = self._native(checkpoint, home)
+        else:
+            is_wide = device.type == "cpu" or precision == "fp32"
+            kind = "float32" if is_wide else "bfloat16"
+            self._network = self._torch(checkpoint, device, getattr(torch, kind))
+        parameters = sum(math.prod(shape) for shape in source.shapes.values())
+        log.info(
+            "%s sees images: a vision tower of %.1f million parameters in %s on %s",
+            *(checkpoint.path.name, parameters / 1e6, kind, device),
+        )
+
+    def _is_native(
+        self, checkpoint: Checkpoint, device: torch.device, precision: Precision
+    ) -> bool:
+        if device.type != "cpu" or precision in ("fp32", "bf16") or not encoder.is_available():
+            return False
+        if not self.native_network.is_supported(self._config):
+            log.warning(
+                "%s: the native kernels have no %r: its vision tower falls back to slower PyTorch operations",
+                *(checkpoint.path.name, self._config.vision_config.hidden_act),
+            )
+            return False
+        return True
+
+    def _native(self, checkpoint: Checkpoint, home: Path | None) -> Network:
+        weights = open_part(
+            checkpoint,
+            _PACKED,
+            lambda: self.native_network.pack(self._config, checkpoint.vision_tensor),
+            home,
+        )
+        return self.native_network(self._config, weights)
+
+    def _torch(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Network:
         from transformers.initialization import no_init_weights
 
         with no_init_weights():
-            self._modules = self._build()
-        _load(self._modules, checkpoint, source, self.output)
-        for module in self._modules.values():
-            module.to(device=device, dtype=self._dtype).eval()
-        self._is_abandoned: Callable[[], bool] = _never
-        for module in self._modules.values():
-            for layers in module.modules():
-                for layer in layers if isinstance(layers, torch.nn.ModuleList) else ():
-                    layer.register_forward_pre_hook(self._before_layer)
-        parameters = sum(p.numel() for m in self._modules.values() for p in m.parameters())
-        log.info(
-            "%s sees images: a vision tower of %.1f million parameters in %s on %s",
-            *(
-                checkpoint.path.name,
-                parameters / 1e6,
-                str(self._dtype).removeprefix("torch."),
-                device,
-            ),
-        )
-
-    @abstractmethod
-    def _build(self) -> dict[str, torch.nn.Module]:
-        """Return the modules without weights, by the first part of their parameters' names (may be empty)."""
+            modules = self.torch_network.build(self._config)
+        return self.torch_network(modules, checkpoint.vision_tensor, device, dtype)
 
     @abstractmethod
     def prepare(self, image: Image) -> TowerInput:
@@ -128,21 +170,18 @@ class VisionTower(ABC):
 
         Args:
             image: From `prepare`.
-            is_abandoned: Asked before each layer (of 12 to 32) whether nobody waits any more.
+            is_abandoned: Asked before each piece of the work (int8: some tens of milliseconds; else one of 12 to 32
+                layers) whether nobody waits any more.
 
         Raises:
             EngineStoppedError: Nobody did.
         """
-        self._is_abandoned = is_abandoned or _never
-        return self._rows(image).float().cpu()
 
-    @abstractmethod
-    def _rows(self, image: TowerInput) -> Tensor:
-        """Return the rows of an image, (tokens, hidden_size)."""
+        def before_piece() -> None:
+            if is_abandoned is not None and is_abandoned():
+                raise EngineStoppedError("The image is not needed any more: its request ended.")
 
-    def _before_layer(self, module: torch.nn.Module, inputs: object) -> None:
-        if self._is_abandoned():
-            raise EngineStoppedError("The image is not needed any more: its request ended.")
+        return self._network.rows(image.pixels, before_piece).float().cpu()
 
     def _processed(self, image: Image, **options: Any) -> Any:
         try:
@@ -157,13 +196,8 @@ class VisionTower(ABC):
 class QwenTower(VisionTower):
     """Qwen2.5-VL's."""
 
-    output = "merger.mlp.2.weight"
-
-    def _build(self) -> dict[str, torch.nn.Module]:
-        from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as code
-
-        config = self._config.vision_config
-        return {"": code.Qwen2_5_VisionTransformerPretrainedModel._from_config(config)}
+    torch_network = TorchQwen
+    native_network = NativeQwen
 
     def prepare(self, image: Image) -> TowerInput:
         """Return an RGB image as the tower takes it; see `VisionTower.prepare`."""
@@ -174,34 +208,12 @@ class QwenTower(VisionTower):
         pixels = {name: found[name] for name in ("pixel_values", "image_grid_thw")}
         return TowerInput(pixels, (self.image_token_id,) * (grid[0] * grid[1]), grid)
 
-    def _rows(self, image: TowerInput) -> Tensor:
-        pixels = image.pixels["pixel_values"].to(self._device, self._dtype)
-        grid = image.pixels["image_grid_thw"].to(self._device)
-        rows: Tensor = self._modules[""](pixels, grid_thw=grid).pooler_output
-        return rows
-
 
 class IdeficsTower(VisionTower):
     """Idefics3's and SmolVLM's, which differ in the names of their classes."""
 
-    output = "connector.modality_projection.proj.weight"
-
-    def _build(self) -> dict[str, torch.nn.Module]:
-        config = self._config
-        if config.model_type == "smolvlm":
-            from transformers.models.smolvlm import modeling_smolvlm
-
-            vision = modeling_smolvlm.SmolVLMVisionTransformer
-            connector = modeling_smolvlm.SmolVLMConnector
-        else:
-            from transformers.models.idefics3 import modeling_idefics3
-
-            vision = modeling_idefics3.Idefics3VisionTransformer
-            connector = modeling_idefics3.Idefics3Connector
-        return {
-            "vision_model.": vision._from_config(config.vision_config),
-            "connector.": connector(config),
-        }
+    torch_network = TorchIdefics
+    native_network = NativeIdefics
 
     def prepare(self, image: Image) -> TowerInput:
         """Return an RGB image as the tower takes it; see `VisionTower.prepare`."""
@@ -227,29 +239,27 @@ class IdeficsTower(VisionTower):
         segments += [f"{lead}{around}<global-img>", *tile, around]
         return TowerInput(pixels, tuple(segments))
 
-    def _rows(self, image: TowerInput) -> Tensor:
-        pixels = image.pixels["pixel_values"].to(self._device, self._dtype)
-        patch = self._config.vision_config.patch_size
-        mask = image.pixels.get("pixel_attention_mask")
-        if mask is None:
-            mask = torch.ones(len(pixels), *pixels.shape[-2:], dtype=torch.bool)
-        cut = mask.unfold(1, patch, patch).unfold(2, patch, patch)
-        is_seen = (cut.sum((-1, -2)) > 0).to(self._device)
-        seen = self._modules["vision_model."](pixel_values=pixels, patch_attention_mask=is_seen)
-        rows: Tensor = self._modules["connector."](seen.last_hidden_state)
-        return rows.flatten(0, 1)
 
-
-def _never() -> bool:
-    return False
-
-
-def load_tower(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") -> VisionTower | None:
+def load_tower(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "auto",
+    home: Path | None = None,
+) -> VisionTower | None:
     """Load a checkpoint's vision tower; ``None``: it has none.
+
+    Args:
+        checkpoint: An open checkpoint.
+        device: Where to compute.
+        precision: As for `evermini.models.load.load_model`: ``auto`` is int8 on a CPU and bfloat16 on CUDA. All
+            integer precisions mean int8 here. ``bf16`` means float32 on a CPU, as does a machine without the kernels.
+        home: Folder of all caches, where the packed weights are kept; by default `evermini.config.default_home`.
 
     Raises:
         ConfigError: `transformers` is not installed, or too old.
         DamagedCheckpointError: Image settings or weights are missing, or do not fit together.
+        DiskSpaceError: The packed weights do not fit on the disk.
     """
     source = checkpoint.vision
     if source is None:
@@ -262,37 +272,10 @@ def load_tower(checkpoint: Checkpoint, *, device: torch.device | str = "cpu") ->
         )
     kind = QwenTower if source.family == "qwen2_5_vl" else IdeficsTower
     try:
-        return kind(source, checkpoint, torch.device(device))
+        return kind(source, checkpoint, torch.device(device), precision, home)
     except ImportError as error:
         raise ConfigError(
             f"{checkpoint.path} needs a newer version of transformers than is installed ({error}). "
             f"pip install -U 'transformers>={MIN_TRANSFORMERS}'.",
             param="models",
         ) from error
-
-
-def _load(
-    modules: dict[str, torch.nn.Module], checkpoint: Checkpoint, source: VisionSource, output: str
-) -> None:
-    """Copy the weights, one tensor in memory at a time.
-
-    Raises:
-        DamagedCheckpointError: The checkpoint has others than the modules.
-    """
-    wanted = {
-        prefix + name: tensor
-        for prefix, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    differing = sorted(wanted.keys() ^ source.shapes.keys()) or [
-        name for name, tensor in wanted.items() if tuple(tensor.shape) != source.shapes[name]
-    ]
-    if source.shapes.get(output, ())[:1] != (checkpoint.config.hidden_size,):
-        differing.append(output)
-    if differing:
-        raise DamagedCheckpointError(
-            f"{checkpoint.path}: the weights of its vision tower are not those that config.json calls for, such as "
-            f"{differing[0]}. Fetch it again."
-        )
-    for name, tensor in wanted.items():
-        tensor.copy_(checkpoint.vision_tensor(name))
