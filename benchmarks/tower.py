@@ -1,19 +1,20 @@
 """Vision towers of published sizes, with random weights: our int8 kernels against `transformers`' float32.
 
-    python benchmarks/tower.py --threads 2 --out tower.json [qwen2.5-vl-3b smolvlm-256m smolvlm-500m smolvlm-2.2b streams]
+    python benchmarks/tower.py --threads 2 --out tower.json [qwen2.5-vl-3b smolvlm-256m ... streams]
 
-Sizes: the layers and widths of the published checkpoints, built in memory with random weights, so nothing is fetched and
-nothing is said about what a model sees. An image is a photo of 1024 x 768 pixels: 3,996 patches in Qwen2.5-VL,
-13 tiles in SmolVLM (`--tiles` takes fewer). Both compute the same pixels in turns, in the same process; the ratio is of
+Sizes: the layers and widths of the published checkpoints, built in memory with random weights, so nothing is fetched
+and nothing is said about what a model sees. An image is a photo of 1024 x 768 pixels: 3,996 patches in Qwen2.5-VL, 13
+tiles in SmolVLM (`--tiles` takes fewer). Both compute the same pixels in turns, in the same process; the ratio is of
 medians. Beside it the relative error and the lowest cosine of int8's rows to float32's.
 
-streams: what a stream of text suffers from an image: the gaps between tokens (nano) alone, while an image is computed at the low
-priority that the server gives it, and while it is computed at the same priority in float32.
+streams: what a stream of text suffers from an image: the gaps between tokens (nano) alone, while images are computed
+at the low priority that the server gives them, and while they are computed at the same priority, in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import threading
 import time
@@ -135,7 +136,7 @@ def compared(name: str, given: argparse.Namespace) -> dict[str, float]:
             rows[kind] = network.rows(pixels, before_piece)
             seconds[kind].append(time.perf_counter() - began)
             if kind == "int8":
-                longest = max(b - a for a, b in zip(pieces, pieces[1:], strict=False))
+                longest = max(b - a for a, b in itertools.pairwise(pieces))
     difference = (rows["int8"] - rows["float32"]).norm() / rows["float32"].norm()
     cosine = torch.cosine_similarity(rows["int8"], rows["float32"], dim=-1).min()
     ours_s, theirs_s = median(seconds["int8"]), median(seconds["float32"])
@@ -199,13 +200,13 @@ def gaps_beside(
     beside = threading.Thread(target=compute)
     beside.start()
     times = []
-    params = SamplingParams(max_tokens=400, temperature=1.0, seed=1, ignore_eos=True)
+    params = SamplingParams(max_tokens=400, min_tokens=400, temperature=1.0, seed=1)
     for event in worker.submit(list(range(100, 132)), params):
         if not isinstance(event, Finished):
             times.append(time.perf_counter())
     is_over.set()
     beside.join()
-    return [(b - a) * 1000 for a, b in zip(times[1:], times[2:], strict=False)]
+    return [(b - a) * 1000 for a, b in itertools.pairwise(times[1:])]
 
 
 if __name__ == "__main__":

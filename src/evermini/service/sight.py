@@ -151,9 +151,12 @@ class Sight:
         """
         num_tokens = sum(len(image.token_ids) for image in images)
         if num_tokens >= self._window:
+            last = images[-1]
+            which = "first image" if len(images) == 1 else f"first {len(images)} images"
             raise ContextLengthError(
-                f"This model's maximum context length is {self._window} tokens. However, the first {len(images)} "
-                f"images of the messages take {num_tokens}. Please send fewer images, or send them with detail 'low'.",
+                f"This model's maximum context length is {self._window} tokens. However, the {which} of the messages "
+                f"take {num_tokens} (the last of them, of {last.size[0]} x {last.size[1]} pixels, takes "
+                f"{len(last.token_ids)}). Please send fewer or smaller images, or send them with detail 'low'.",
                 param="messages",
             )
 

@@ -46,7 +46,7 @@ def open_image(data: bytes) -> Picture:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large() from error
+        raise _too_large("The image") from error
     except Exception as error:  # decoders fail in many ways on what is no image
         raise InvalidRequestError(
             "You uploaded an unsupported image. Please make sure your image is valid and has one of the following "
@@ -55,7 +55,7 @@ def open_image(data: bytes) -> Picture:
         ) from error
     with image:
         if image.width * image.height > MAX_PIXELS:
-            raise _too_large()
+            raise _too_large(f"The image of {image.width} x {image.height}")
         kind = image.format or ""
         try:
             image.load()
@@ -99,7 +99,7 @@ def _as_rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def _too_large() -> InvalidRequestError:
+def _too_large(image: str) -> InvalidRequestError:
     return InvalidRequestError(
-        f"The image has more than {MAX_PIXELS:,} pixels. Send a smaller one.", code=_CODE
+        f"{image} has more than {MAX_PIXELS:,} pixels. Send a smaller one.", code=_CODE
     )
