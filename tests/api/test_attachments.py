@@ -139,13 +139,41 @@ def test_a_long_pdf_goes_through_recall_with_its_pages(client: openai.OpenAI):
                 ],
             }
         ],
-        max_tokens=8,
-        extra_body={"x_evermini": {"why": True}},
+        max_tokens=16,
+        extra_body={"x_evermini": {"why": True, "regex": "It is 4711\\."}},
     )
-    spans = answer.to_dict()["x_evermini"]["recall"]["spans"]
-    found = [span for span in spans if span["included"]]
+    recall = answer.to_dict()["x_evermini"]["recall"]
+    found = [span for span in recall["spans"] if span["included"]]
     assert {span["source"] for span in found} == {"minutes.pdf"}
     assert any(span["pages"][0] <= 13 <= span["pages"][1] for span in found)
+    (cited,) = recall["citations"]
+    assert (cited["quote"], cited["pages"], cited["answer"]) == ("4711", [13, 13], [6, 10])
+
+    uploaded = client.files.create(file=("minutes.pdf", make_pdf(pages)), purpose="user_data")
+    request = {
+        "model": MODEL,
+        "max_output_tokens": 16,
+        "input": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_file", "file_id": uploaded.id},
+                    {"type": "input_text", "text": "What is the secret code of the vault?"},
+                ],
+            }
+        ],
+        "extra_body": {"x_evermini": {"why": True, "regex": "It is 4711\\."}},
+    }
+    with client.responses.stream(**request) as stream:
+        events = list(stream)
+        response = stream.get_final_response()
+    part = response.output[0].content[0]
+    (annotation,) = part.annotations
+    assert (annotation.type, annotation.file_id) == ("file_citation", uploaded.id)
+    assert (annotation.filename, annotation.index) == ("minutes.pdf", len("It is 4711"))
+    assert annotation.to_dict()["x_evermini"]["pages"] == [13, 13]
+    added = [e for e in events if e.type == "response.output_text.annotation.added"]
+    assert [event.annotation["type"] for event in added] == ["file_citation"]
 
 
 @pytest.mark.parametrize(

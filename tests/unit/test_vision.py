@@ -18,7 +18,7 @@ from evermini.vision.colours import main_colours
 from evermini.vision.images import open_image
 from evermini.vision.layout import lay_out
 from evermini.vision.perception import Perception, describe
-from evermini.vision.reading import Line, TextReader
+from evermini.vision.reading import Lie, Line, TextReader, needed_turn
 from tests.conftest import data_file
 from tests.images import bomb, encoded, text_image
 from tests.pdf_files import make_pdf
@@ -117,6 +117,21 @@ def test_nothing_is_laid_out_as_nothing():
 def test_text_is_recognised_with_its_columns(reader):
     text = lay_out(reader.read(text_image(["Corner Shop", "Coffee\t3.20", "TOTAL\t17.45"])))
     assert text.splitlines() == ["Corner Shop", "Coffee | 3.20", "TOTAL | 17.45"]
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_a_page_on_its_side_or_head_is_read_upright(reader, turn):
+    lines = ["Corner Shop in Oslo", "Coffee and a cake\t3.20", "TOTAL of it all\t17.45"]
+    turned = text_image(lines).rotate(turn, expand=True)
+    assert lay_out(reader.read(turned)).splitlines() == [x.replace("\t", " | ") for x in lines]
+
+
+def test_what_lies_otherwise_on_an_upright_page_turns_nothing():
+    flat, side, head = Lie(0, 400), Lie(90, 500), Lie(180, 300)
+    assert needed_turn([flat, side, flat]) == 0
+    assert needed_turn([head, flat, head, head]) == 180
+    assert needed_turn([side, side]) == 0  # a sign or two, and no page
+    assert needed_turn([]) == 0
 
 
 def test_a_long_strip_is_read_in_full(reader):

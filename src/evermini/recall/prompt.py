@@ -125,7 +125,7 @@ def excerpts(
             left_out.append(span)
     included.sort(key=lambda span: (span.segment, span.tokens))
     if included and mark_end:
-        kept = _all_ranges(segments, included)
+        kept = shown_ranges(segments, included)
         text += _closing(segments, [p for p in closest if any(_holds(k, p) for k in kept)])
         tokens = count_tokens(text)
     return Excerpts(text, tokens, tuple(included), tuple(left_out), omitted)
@@ -137,7 +137,7 @@ def _closest(
     """Return the sentences of the spans that are closest to the question, in order, then those they lead to."""
     places = [
         (number, start + first, start + last)
-        for number, start, end in _all_ranges(segments, spans)
+        for number, start, end in shown_ranges(segments, spans)
         for first, last in sentences(segments[number].text[start:end])
         if last - first <= _MAX_SENTENCE
     ]
@@ -169,7 +169,8 @@ def _closing(segments: Sequence[Segment], closest: Sequence[Range]) -> str:
     return _CLOSEST.format(sentences="\n".join(quoted))
 
 
-def _all_ranges(segments: Sequence[Segment], spans: Sequence[Span]) -> list[Range]:
+def shown_ranges(segments: Sequence[Segment], spans: Sequence[Span]) -> list[Range]:
+    """Return what `excerpts` shows of the segments for these spans: whole lines or sentences, in order, none twice."""
     return [found for group in _documents(segments) for found in _ranges(segments, group, spans)]
 
 

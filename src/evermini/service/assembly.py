@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 
 from evermini.errors import ContextLengthError
-from evermini.recall.prompt import Span, excerpts
+from evermini.recall.prompt import Span, excerpts, shown_ranges
 from evermini.recall.segment import Segment, SegmentCache, cut
+from evermini.service.citations import Shown
 from evermini.service.parts import QUESTION_CHARS, TIERS, Parts, Piece, split
 from evermini.service.questions import follows_up
 from evermini.service.rendering import encode
@@ -113,12 +114,36 @@ class Plan:
             found.append(before if is_head else None)
         return found
 
-    def passages(self, spans: Sequence[Span], included: set[Span]) -> tuple[Passage, ...]:
-        """Return where the caller finds the spans that were chosen."""
-        owners = [
+    @property
+    def owners(self) -> list[Piece]:
+        """The long piece of each segment."""
+        return [
             piece for piece, found in zip(self.parts.long, self.pieces, strict=True) for _ in found
         ]
-        segments = self.segments
+
+    def shown(self, included: Iterable[Span]) -> tuple[Shown, ...]:
+        """Return what the prompt has of the documents."""
+        segments, owners = self.segments, self.owners
+        found = []
+        for number, start, end in shown_ranges(segments, list(included)):
+            piece = owners[number]
+            found.append(
+                Shown(
+                    segments[number],
+                    start,
+                    end,
+                    source=piece.name,
+                    message=piece.message,
+                    part=piece.part,
+                    first_char=piece.first_char,
+                    first_line=piece.first_line,
+                )
+            )
+        return tuple(found)
+
+    def passages(self, spans: Sequence[Span], included: set[Span]) -> tuple[Passage, ...]:
+        """Return where the caller finds the spans that were chosen."""
+        owners, segments = self.owners, self.segments
         return tuple(
             _passage(span, segments[span.segment], owners[span.segment], span in included)
             for span in spans

@@ -30,6 +30,7 @@ from evermini.recall.recall import Ingested, Progress, Recall, Selection
 from evermini.recall.segment import Segment
 from evermini.recall.select import Policy
 from evermini.service.assembly import MAX_PROMPT_TOKENS, Assembler, Passage, Plan, texts
+from evermini.service.citations import Shown
 from evermini.service.offload import step_back
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
@@ -52,6 +53,7 @@ class Recalled:
         cached_tokens: Those of them that had been ingested before.
         question: What was looked for.
         passages: What was chosen, in order.
+        shown: What of the documents is in the prompt.
         selection: How it was found.
         ingest_seconds: Time spent on reading what was new, the wait for other texts included.
         note: What the caller should know of it.
@@ -63,6 +65,7 @@ class Recalled:
     cached_tokens: int
     question: str
     passages: tuple[Passage, ...]
+    shown: tuple[Shown, ...]
     selection: Selection
     ingest_seconds: float
     note: str | None = None
@@ -233,6 +236,7 @@ class LongReader:
             cached_tokens=0,
             question=plan.query,
             passages=plan.passages(selection.spans, included),
+            shown=plan.shown(included),
             selection=selection,
             ingest_seconds=0.0,
         )

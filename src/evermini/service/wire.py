@@ -17,6 +17,7 @@ from evermini.service.answer import (
     ToolCallDelta,
 )
 from evermini.service.chat import ChatRun, Ticket
+from evermini.service.citations import cite
 from evermini.service.completions import CompletionRun
 from evermini.service.embedded import Embeddings
 from evermini.service.generation import Usage
@@ -94,7 +95,7 @@ def chat_completion(run: ChatRun) -> Json:
         "usage": usage(run.usage),
     }
     if run.request.wants_why:
-        body["x_evermini"] = why(run)
+        body["x_evermini"] = why(run, run.choices)
     if run.request.metadata is not None:
         body["metadata"] = run.request.metadata
     return body
@@ -145,8 +146,13 @@ def tool_call(call: ToolCall) -> Json:
     return {"id": call.id, "type": call.type, **called}
 
 
-def why(run: ChatRun) -> Json:
-    """Return how the prompt was read: ``recall`` and ``sweep`` are null if it was read whole."""
+def why(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
+    """Return how the prompt was read: ``recall`` and ``sweep`` are null if it was read whole.
+
+    Args:
+        run: The completion.
+        choices: Finished answers; what stands in them word for word in what was read is cited.
+    """
     recalled, swept = run.recalled, run.swept
     if swept is not None:
         return {"reading": "sweep", "recall": None, "sweep": _sweep(swept)}
@@ -172,6 +178,21 @@ def why(run: ChatRun) -> Json:
                 }
                 for passage in recalled.passages
             ],
+            "citations": [
+                {
+                    "choice": choice.index,
+                    "answer": [found.start, found.end],
+                    "quote": found.quote,
+                    "source": found.source,
+                    "message": found.message,
+                    "part": found.part,
+                    "characters": list(found.characters),
+                    "lines": list(found.lines),
+                    "pages": None if found.pages is None else list(found.pages),
+                }
+                for choice in choices
+                for found in cite(choice.text, recalled.shown, recalled.question)
+            ],
             "rounds": found.rounds,
             "top_score": round(found.top_score, 4),
             "spread": round(found.spread, 4),
@@ -181,6 +202,35 @@ def why(run: ChatRun) -> Json:
         },
         "sweep": None,
     }
+
+
+def file_citations(run: ChatRun, text: str) -> list[Json]:
+    """Return the annotations of an answer's text: uploaded files in which words of it stand, after those words.
+
+    The contract's form has no page; that is an extra key.
+    """
+    if run.recalled is None:
+        return []
+    found = []
+    for citation in cite(text, run.recalled.shown, run.recalled.question):
+        parts = run.request.messages[citation.message].content or ()
+        file = parts[citation.part].file if citation.part < len(parts) else None
+        if file is None or file.file_id is None:
+            continue
+        found.append(
+            {
+                "type": "file_citation",
+                "file_id": file.file_id,
+                "filename": citation.source or "",
+                "index": citation.end,
+                "x_evermini": {
+                    "quote": citation.quote,
+                    "lines": list(citation.lines),
+                    "pages": None if citation.pages is None else list(citation.pages),
+                },
+            }
+        )
+    return found
 
 
 def _sweep(swept: Swept) -> Json:
@@ -239,7 +289,9 @@ def chat_chunks(run: ChatRun, delta: ChatDelta) -> list[Json]:
         chunks.append(_chat_chunk(run, delta.index, _call_delta(run.request, piece), None, None))
     if delta.finish_reason is not None:
         last = _chat_chunk(run, delta.index, {}, None, delta.finish_reason)
-        chunks.append({**last, "x_evermini": why(run)} if run.request.wants_why else last)
+        if run.request.wants_why:
+            last["x_evermini"] = why(run, [run.choices[delta.index]])
+        chunks.append(last)
     return chunks
 
 

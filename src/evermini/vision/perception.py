@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 LOW_SIDE = 512
 """Pixels of the longer side that ``detail: low`` looks at."""
 CACHE_BYTES = 256 << 20
-_VERSION = 2
+_VERSION = 3
 """Changes when the same image is read in another way."""
 _PAGE_LINES = 8
 """An image with so many lines of text is a page or screenshot: the classifier knows no such things."""

@@ -35,12 +35,16 @@ class EventWriter:
     Args:
         body: The response's object, whose status is ``queued`` or ``in_progress``.
         scores: Gives tokens' log-probabilities as they are shown; ``None``: they are not.
+
+    Attributes:
+        annotate: Gives the annotations of a whole text; none unless it is set.
     """
 
     def __init__(
         self, body: Json, scores: Callable[[Sequence[ScoredText]], list[Json]] | None
     ) -> None:
         self.body = body
+        self.annotate: Callable[[str], list[Json]] = lambda text: []
         self._scores = scores
         self._next = 0
         self._item: Json | None = None
@@ -181,10 +185,19 @@ class EventWriter:
             return []
         place, kind = self._place(), self._item["type"]
         if kind == "message":
-            part = self._part()
+            part = self._part() | {"annotations": self.annotate(self._written)}
             item = {**self._item, "status": status, "content": [part]}
             fields = {**place, "content_index": 0}
             events = [
+                *(
+                    self._event(
+                        "response.output_text.annotation.added",
+                        **fields,
+                        annotation_index=number,
+                        annotation=annotation,
+                    )
+                    for number, annotation in enumerate(part["annotations"])
+                ),
                 self._event(
                     "response.output_text.done",
                     **fields,

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
+from functools import partial
 
 from evermini.errors import (
     ContextLengthError,
@@ -113,6 +114,8 @@ class ResponseRun:
         self._writer = writer
         self._chat = running
         self._save = save
+        if running.request.wants_why:
+            writer.annotate = partial(wire.file_citations, running)
 
     async def events(self) -> AsyncGenerator[Json, None]:
         """Yield the events. The last comes when the response is stored; a failure is an event, too, and `error`."""
@@ -131,7 +134,7 @@ class ResponseRun:
             if self._chat.request.wants_why:
                 self.body["x_evermini"] = {
                     **self.body.get("x_evermini", {}),
-                    **wire.why(self._chat),
+                    **wire.why(self._chat, self._chat.choices),
                 }
             last = writer.terminal()
             await self._save(self.body, last, None)

@@ -1,0 +1,195 @@
+"""Where in the documents an answer's words stand: found by comparing, after the fact, so no place is invented.
+
+    answer      "Total current liabilities were $4,476 million, as of 2023."
+    excerpts    report.pdf, page 52: "Total current liabilities 4,476 5,103"
+    citations   characters 0-35 of the answer: report.pdf, page 52, line 2034
+
+A citation says that a run of the answer's words stands in an excerpt that the model read, word for word but for case,
+spaces and punctuation. It is made for runs that tell something: a number of three digits or more that is no year, or
+several words, that are not in the question. It does not say that the answer is right.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from evermini.recall.segment import Segment
+
+_TOKEN = re.compile(r"\d(?:[\d.,]*\d)?|[^\W\d_]+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_YEAR = re.compile(r"(?:19|20)\d\d")
+_NUMBER, _NAME, _WORD = 3.0, 1.5, 1.0
+"""What a number, a word with a capital letter and another word of four letters or more tell."""
+_TELLING = 3.0
+"""A run that tells less is not cited: such words stand together anywhere."""
+_AROUND = 16
+"""Words of an excerpt, before and after a run, that are compared with the answer's sentence: which of equal runs?"""
+_MAX_CHARACTERS = 20_000
+"""Of an answer; the rest is not compared."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A run of a document that the model read.
+
+    Attributes:
+        segment: What it is cut from.
+        start: Its first character in the segment's text.
+        end: And the one past its end.
+        source: The document's name, if it has one.
+        message: Number of the message.
+        part: Number of the content part.
+        first_char: Characters of the part before the piece that the segment is of; in a document, 0.
+        first_line: The line that the piece begins on, from 1; in a document, 1.
+    """
+
+    segment: Segment
+    start: int
+    end: int
+    source: str | None
+    message: int
+    part: int
+    first_char: int = 0
+    first_line: int = 1
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A run of words that an answer shares with a document.
+
+    Attributes:
+        start: Its first character in the answer.
+        end: And the one past its end.
+        quote: The same words in the document.
+        source: The document's name, if it has one.
+        message: Number of the message.
+        part: Number of the content part.
+        characters: First and past-the-end character of the quote, in the document or else in the part.
+        lines: Its first and last line, from 1, likewise.
+        pages: Its first and last page, in a text of pages.
+    """
+
+    start: int
+    end: int
+    quote: str
+    source: str | None
+    message: int
+    part: int
+    characters: tuple[int, int]
+    lines: tuple[int, int]
+    pages: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class _Token:
+    text: str
+    start: int
+    end: int
+    tells: float
+
+
+def cite(answer: str, shown: Sequence[Shown], question: str) -> list[Citation]:
+    """Return where words of an answer stand in what the model read of the documents, in the answer's order.
+
+    Args:
+        answer: The answer.
+        shown: What was read.
+        question: What was asked: words that are repeated from it tell nothing.
+    """
+    answer = answer[:_MAX_CHARACTERS]
+    about = _tokens(question)
+    asked = {token.text for token in about}
+    said = _tokens(answer, known=asked)
+    read = [_tokens(one.segment.text[one.start : one.end]) for one in shown]
+    places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for number, tokens in enumerate(read):
+        for at, token in enumerate(tokens):
+            places[token.text].append((number, at))
+    wanted = [words | _telling(about) for words in _sentences(answer, said)]
+    found: list[Citation] = []
+    at = 0
+    while at < len(said):
+        runs = [(_length(said, at, read[n], place), n, place) for n, place in places[said[at].text]]
+        longest = max((length for length, _, _ in runs), default=0)
+        telling = [n for n, token in enumerate(said[at : at + longest]) if token.tells]
+        if sum(said[at + n].tells for n in telling) < _TELLING:
+            at += 1
+            continue
+        equal = [(n, place) for length, n, place in runs if length == longest]
+        n, place = max(equal, key=lambda one: _shared(read[one[0]], one[1], longest, wanted[at]))
+        first, last = telling[0], telling[-1]  # small words at either end are no part of it
+        found.append(
+            _citation(
+                (said[at + first].start, said[at + last].end),
+                shown[n],
+                (read[n][place + first].start, read[n][place + last].end),
+            )
+        )
+        at += longest
+    return found
+
+
+def _citation(said: tuple[int, int], one: Shown, read: tuple[int, int]) -> Citation:
+    segment, begin, past = one.segment, one.start + read[0], one.start + read[1]
+    from_page, to_page = segment.page_of(begin), segment.page_of(past - 1)
+    before, shift = one.first_char + segment.first_char, one.first_line - 1
+    return Citation(
+        start=said[0],
+        end=said[1],
+        quote=segment.text[begin:past],
+        source=one.source,
+        message=one.message,
+        part=one.part,
+        characters=(before + begin, before + past),
+        lines=(shift + segment.line_of(begin), shift + segment.line_of(past - 1)),
+        pages=None if to_page is None else (from_page or to_page, to_page),
+    )
+
+
+def _tokens(text: str, known: Collection[str] = ()) -> list[_Token]:
+    """Return a text's words and numbers; ``known`` ones tell nothing."""
+    found: list[_Token] = []
+    for match in _TOKEN.finditer(text):
+        token = match[0].replace(",", "").casefold()
+        tells = 0.0 if token in known else _tells(match[0], token)
+        found.append(_Token(token, match.start(), match.end(), tells))
+    return found
+
+
+def _tells(written: str, token: str) -> float:
+    if token[0].isdigit():
+        return _NUMBER if len(token) > 2 and not _YEAR.fullmatch(token) else 0.0
+    if len(token) < 4:
+        return 0.0
+    return _WORD if written.islower() else _NAME
+
+
+def _length(said: Sequence[_Token], at: int, read: Sequence[_Token], place: int) -> int:
+    """Return how many words in a row are the same."""
+    most = min(len(said) - at, len(read) - place)
+    return next((n for n in range(most) if said[at + n].text != read[place + n].text), most)
+
+
+def _sentences(answer: str, said: Sequence[_Token]) -> list[set[str]]:
+    """Return, for each word of the answer, the telling words of its sentence."""
+    ends = [match.start() for match in _SENTENCE_END.finditer(answer)]
+    groups = [bisect_right(ends, token.start) for token in said]
+    words: defaultdict[int, set[str]] = defaultdict(set)
+    for group, token in zip(groups, said, strict=True):
+        words[group] |= _telling([token])
+    return [words[group] for group in groups]
+
+
+def _telling(tokens: Iterable[_Token]) -> set[str]:
+    """Return the words that tell something by themselves, whether they are known or not."""
+    return {token.text for token in tokens if token.text[0].isdigit() or len(token.text) > 3}
+
+
+def _shared(read: Sequence[_Token], place: int, length: int, wanted: Collection[str]) -> int:
+    """Return how many different words of a sentence stand around a run."""
+    around = read[max(0, place - _AROUND) : place + length + _AROUND]
+    return len({token.text for token in around}.intersection(wanted))
