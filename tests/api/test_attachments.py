@@ -173,7 +173,7 @@ def test_a_long_pdf_goes_through_recall_with_its_pages(client: openai.OpenAI):
     assert (annotation.filename, annotation.index) == ("minutes.pdf", len("It is 4711"))
     assert annotation.to_dict()["x_evermini"]["pages"] == [13, 13]
     added = [e for e in events if e.type == "response.output_text.annotation.added"]
-    assert [event.annotation["type"] for event in added] == ["file_citation"]
+    assert [event.annotation.type for event in added] == ["file_citation"]
 
 
 @pytest.mark.parametrize(
