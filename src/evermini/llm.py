@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 
 from anyio.from_thread import start_blocking_portal
 
+from evermini.backends.spec import parse_upstream
 from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError, UnsupportedParameterError, UpstreamError
 from evermini.service import chat as chat_service
@@ -220,7 +221,7 @@ class LLM:
         with ExitStack() as stack:
             # Closed in reverse: the engine first, so that nobody waits for an answer in a loop that is gone.
             self._portal = stack.enter_context(start_blocking_portal())
-            if name.startswith("ft:"):
+            if name.startswith("ft:") and parse_upstream(name) is None:
                 self._served = load_tuned(name, settings, progress=progress)
             else:
                 self._served = load(name, settings, progress=progress)

@@ -13,6 +13,8 @@ import httpx
 import openai
 import pytest
 
+from evermini import LLM
+from evermini.backends.spec import UpstreamSpec
 from evermini.config import Settings
 from evermini.engine.adapters import AdapterCache
 from evermini.models.checkpoint import open_checkpoint
@@ -21,6 +23,7 @@ from evermini.service.adapters import AdapterStore
 from evermini.service.metering import FLUSH_SECONDS
 from evermini.service.prices import price_of
 from evermini.service.runtime import Runtime, ServedModel
+from evermini.service.upstream.load import connect
 from evermini.storage.adapters import AdapterRow
 from evermini.storage.database import Database
 from evermini.storage.fine_tuning import StoredTuning, TuningStore
@@ -205,6 +208,45 @@ def test_a_tier_that_is_not_run_here(
     with pytest.raises(openai.NotFoundError, match="evermini serve --model full"):
         ask(client, name)
     assert name not in {model.id for model in client.models.list()}
+
+
+def test_one_whose_tier_an_upstream_engine_runs_says_what_to_do_about_it(
+    url: str, database: Database, store: AdapterStore, tmp_path: Path
+):
+    spec = UpstreamSpec("nano", f"{url}/v1")
+    with (
+        Runtime([connect(spec, Settings())]) as front,
+        serving(front, Settings(home=tmp_path, model=f"nano={url}/v1"), database) as front_url,
+        make_client(front_url) as client,
+    ):
+        assert text_of(ask(client, "gpt-4.1-nano"))
+        with pytest.raises(openai.BadRequestError, match="not available for fine-tuning"):
+            client.fine_tuning.jobs.create(model="gpt-4.1-nano", training_file="file-1")
+        with pytest.raises(
+            openai.NotFoundError, match="another engine runs for this server"
+        ) as caught:
+            ask(client, FIRST)
+        assert f"--model '{FIRST}=URL" in str(caught.value)
+        assert FIRST not in {model.id for model in client.models.list()}
+
+
+def test_one_that_an_upstream_engine_has_is_answered_by_it_under_its_name(
+    url: str, client: openai.OpenAI, database: Database, tmp_path: Path
+):
+    direct = text_of(ask(client, FIRST))
+    specs = [UpstreamSpec("nano", f"{url}/v1"), UpstreamSpec(FIRST, f"{url}/v1")]
+    with (
+        Runtime([connect(spec, Settings()) for spec in specs]) as front,
+        serving(front, Settings(home=tmp_path), database) as front_url,
+        make_client(front_url) as through,
+    ):
+        answer = ask(through, FIRST)
+        assert (answer.model, text_of(answer)) == (FIRST, direct)
+        assert [model.id for model in through.models.list()].count(FIRST) == 1
+        with pytest.raises(openai.PermissionDeniedError, match="was started with"):
+            through.models.delete(FIRST)
+    with LLM(f"{FIRST}={url}/v1", recall=False) as llm:
+        assert llm.chat(HELLO, max_tokens=12, temperature=0).text == direct
 
 
 def test_one_that_does_not_fit_is_an_error_that_says_so(

@@ -68,7 +68,8 @@ class Directory:
         tuned = {
             adapter.name: tuned_info(adapter, base)
             for adapter in adapters
-            if adapter.exists_for(current_caller.get().sees)
+            if adapter.name not in self._runtime.names
+            and adapter.exists_for(current_caller.get().sees)
             and (base := self._base(adapter)) is not None
         }
         listed += tuned.items()
@@ -88,7 +89,8 @@ class Directory:
         """
         if name in self._runtime.names:
             raise PermissionDeniedError(
-                f"The model `{name}` is no fine-tuned one, so it cannot be deleted. `evermini rm` deletes weights.",
+                f"The model `{name}` is one that this server was started with, so it cannot be deleted. `evermini rm` "
+                "deletes weights.",
                 param="model",
             )
         meant = await self._database.run(self._store.find, name)
@@ -110,7 +112,10 @@ class Directory:
     def _tuned(self, adapter: Adapter) -> ServedModel:
         base = self._base(adapter)
         if base is None:
-            raise ModelNotFoundError(not_run_here(adapter), param="model")
+            is_elsewhere = adapter.tier in self._runtime.names
+            raise ModelNotFoundError(
+                not_run_here(adapter, is_elsewhere=is_elsewhere), param="model"
+            )
         if adapter.base_weights not in (None, base.weights) and adapter.name not in self._warned:
             self._warned.add(adapter.name)
             log.warning(
@@ -150,7 +155,7 @@ def load_tuned(
     if isinstance(base, ServedModel):
         return tune(base, found, store)
     base.close()
-    raise ModelNotFoundError(not_run_here(found), param="model")
+    raise ModelNotFoundError(not_run_here(found, is_elsewhere=True), param="model")
 
 
 def tune(base: ServedModel, adapter: Adapter, store: AdapterStore) -> ServedModel:
@@ -171,11 +176,25 @@ def tuned_info(adapter: Adapter, base: ServedModel) -> ModelInfo:
     )
 
 
-def not_run_here(adapter: Adapter) -> str:
-    """Return why a fine-tuned model cannot be served, and what to do about it."""
+def not_run_here(adapter: Adapter, *, is_elsewhere: bool) -> str:
+    """Return why a fine-tuned model cannot be served, and what to do about it.
+
+    Args:
+        adapter: The model.
+        is_elsewhere: An upstream engine runs its tier.
+    """
+    name, tier = adapter.name, adapter.tier
+    if is_elsewhere:
+        return (
+            f"The model `{name}` is an adapter of the tier {tier}, which another engine runs for this server: adapters "
+            f"need the weights here. Either run the tier here (`evermini serve --model {tier}` in the place of "
+            f"{tier}=URL); or, if that engine has the fine-tuned model itself, name it "
+            f"(`evermini serve --model {tier}=URL --model '{name}=URL?model=THE-ENGINES-NAME-FOR-IT'`); or let the "
+            f"name mean the tier as it is: `evermini tune rm {name}`, then `evermini tune alias {name} {tier}`."
+        )
     return (
-        f"The model `{adapter.name}` belongs to the tier {adapter.tier}, which this server does not run itself. Start "
-        f"it with that one, too: `evermini serve --model {adapter.tier}`."
+        f"The model `{name}` belongs to the tier {tier}, which this server does not run itself. Start "
+        f"it with that one, too: `evermini serve --model {tier}`."
     )
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from evermini.backends.spec import parse_upstream
 from evermini.config import Settings
 from evermini.errors import InvalidRequestError, NotFoundError
 from evermini.models import catalogue
@@ -270,7 +271,7 @@ class FineTuning:
         names: list[str] = []
         for model in self._settings.models:
             entry, _ = what_to_serve(model)
-            if entry is None:
+            if entry is None or parse_upstream(model) is not None:
                 continue
             names += [entry.tier, *entry.aliases]
             if name in names or self._settings.conformance_fixtures:
