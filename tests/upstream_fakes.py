@@ -21,6 +21,7 @@ from tests.serving import serve_app, serving
 
 Json = dict[str, Any]
 NAME = "behind"
+ASIDE = ("/model_info", "/get_model_info", "/api/show")
 FOREVER = "forever"
 """In a stream: nothing more comes, and the connection stays open until the other side leaves."""
 CUT = "cut"
@@ -35,6 +36,7 @@ class FakeEngine:
         answer: The request's body -> a response, or the pieces of a stream.
         models: What ``/v1/models`` lists.
         props: What llama-server tells under ``/props``.
+        told: What other engines tell under paths of their own, such as ``/model_info``.
         asked: Every request: path, headers, body.
         num_left: Streams that the other side has left.
     """
@@ -42,6 +44,7 @@ class FakeEngine:
     answer: Callable[[Json], Response | list[Any]] = lambda body: Response(status_code=500)
     models: list[Json] = field(default_factory=lambda: [{"id": "theirs"}])
     props: Json | None = None
+    told: dict[str, Json] = field(default_factory=dict)
     asked: list[tuple[str, dict[str, str], Json]] = field(default_factory=list)
     num_left: int = 0
 
@@ -57,6 +60,9 @@ class FakeEngine:
             answer: Response | list[Any] = json_response({"data": self.models})
         elif path == "/props":
             answer = Response(status_code=404) if self.props is None else json_response(self.props)
+        elif path in ASIDE:
+            told = self.told.get(path)
+            answer = Response(status_code=404) if told is None else json_response(told)
         else:
             answer = self.answer(self.asked[-1][2])
         if isinstance(answer, Response):

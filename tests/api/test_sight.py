@@ -16,11 +16,13 @@ import openai
 import pytest
 from PIL import Image
 
+from evermini.backends.spec import UpstreamSpec
 from evermini.config import Settings
 from evermini.errors import ConfigError, DamagedCheckpointError
 from evermini.models.checkpoint import open_checkpoint
 from evermini.service.image_tokens import image_cost
 from evermini.service.runtime import Runtime, load_tier
+from evermini.service.upstream.load import connect
 from evermini.text.tokenizer import Tokenizer
 from tests.images import data_url, encoded, image_part
 from tests.serving import make_client, serving
@@ -255,6 +257,38 @@ def test_what_cannot_be_opened_is_refused_by_its_place(server: Server) -> None:
         with pytest.raises(openai.BadRequestError) as caught:
             server.ask(messages=[{"role": "user", "content": [image_part(stripe)]}])
         assert caught.value.code == "invalid_image_format"
+
+
+def test_through_another_server_it_sees_the_same(server: Server) -> None:
+    """An Evermini in front, which knows the engine behind it to see, and passes images on."""
+    spec = UpstreamSpec("behind", f"{server.url}/v1", model=MODEL)
+    with Runtime([connect(spec, Settings())]) as runtime, serving(runtime) as url:
+        client = make_client(url)
+        for parts in CONVERSATIONS:
+            asked = asking(*parts, model="behind")
+            answer = client.chat.completions.create(**asked)
+            direct = server.ask(*parts)
+            assert written(answer.choices[0].logprobs) == server.expected(*parts)
+            assert answer.usage.prompt_tokens == direct.usage.prompt_tokens
+            details = answer.usage.prompt_tokens_details
+            assert details.image_tokens == direct.usage.prompt_tokens_details.image_tokens
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        tokens = [
+            token for chunk in chunks if chunk.choices and chunk.choices[0].logprobs
+            for token in written(chunk.choices[0].logprobs)
+        ]  # fmt: skip
+        assert tokens == server.expected(*CONVERSATIONS[-1])
+        low = image_part(encoded(picture(5, (1120, 840))), detail="low")
+        messages = [{"role": "user", "content": [{"type": "text", "text": QUESTION}, low]}]
+        answer, direct = (
+            one.chat.completions.create(**asking(model=name, messages=messages))
+            for one, name in ((client, "behind"), (server.client, MODEL))
+        )
+        assert answer.usage.prompt_tokens == direct.usage.prompt_tokens
+        assert written(answer.choices[0].logprobs) == written(direct.choices[0].logprobs)
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**asking("word " * 300, PHOTO, model="behind"))
+        assert caught.value.code == "context_length_exceeded"
 
 
 def test_without_transformers_it_is_said_what_to_install(

@@ -150,7 +150,9 @@ def test_doctor_asks_upstream_engines(evermini, home, monkeypatch):
         result = evermini("doctor", "--model", f"nano,q={url}", "--json")
         assert result.code == 0
         told = json.loads(result.out)["upstreams"]
-        assert told == [{"name": "q", "url": url, "model": "org/q", "window": 32768}]
+        assert told == [
+            {"name": "q", "url": url, "model": "org/q", "window": 32768, "images": False}
+        ]
         assert "runs org/q: window 32,768" in evermini("doctor", "--model", f"q={url}").out
     result = evermini("doctor", "--model", f"q={url}")
     assert result.code == 1

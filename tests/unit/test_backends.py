@@ -23,6 +23,8 @@ URL = "http://10.0.0.5:8000/v1"
         (f"mini={URL}", UpstreamSpec("mini", URL)),
         (f" mini={URL}/ ", UpstreamSpec("mini", URL)),
         ("q3=HTTPS://gpu.example", UpstreamSpec("q3", "https://gpu.example")),
+        (f"mini={URL}?images=yes", UpstreamSpec("mini", URL, images=True)),
+        (f"mini={URL}?images=no", UpstreamSpec("mini", URL, images=False)),
         (
             f"org/q={URL}?model=Qwen/Qwen3-32B&window=32768&key=VLLM_KEY",
             UpstreamSpec("org/q", URL, "Qwen/Qwen3-32B", 32768, "VLLM_KEY"),
@@ -50,6 +52,7 @@ def test_anything_else_is_a_model_of_ours(text):
         (f"mini={URL}?modle=x", "no option 'modle'"),
         (f"mini={URL}?window=32k", "number of tokens"),
         (f"mini={URL}?window=0", "number of tokens"),
+        (f"mini={URL}?images=maybe", "'yes' or 'no'"),
     ],
 )
 def test_what_is_wrong_in_a_url_is_named(text, says):
@@ -104,6 +107,38 @@ async def test_an_engine_tells_its_model_and_window(models, props, spec, found):
         client = UpstreamClient(url, timeout=5)
         told = await discover(client, UpstreamSpec("mini", url, **spec))
     assert (told.model, told.window) == found
+
+
+SEEING, BLIND = {"modalities": {"vision": True}}, {"modalities": {"vision": False, "audio": True}}
+UNDERSTANDS = {"has_image_understanding": True}
+
+
+@pytest.mark.parametrize(
+    ("entry", "props", "told", "spec", "sees"),
+    [
+        ({"input_modalities": ["text", "image"]}, None, {}, {}, True),
+        ({"input_modalities": ["text"]}, SEEING, {}, {}, False),
+        ({"owned_by": "llamacpp"}, SEEING, {}, {}, True),
+        ({"owned_by": "llamacpp", "max_model_len": 9}, BLIND, {}, {}, False),
+        ({"owned_by": "sglang"}, None, {"/model_info": UNDERSTANDS}, {}, True),
+        ({"owned_by": "sglang"}, None, {"/get_model_info": UNDERSTANDS}, {}, True),
+        ({"owned_by": "sglang"}, None, {"/model_info": {"has_image_understanding": False}}, {}, False),
+        ({"owned_by": "library"}, None, {"/api/show": {"capabilities": ["completion", "vision"]}}, {}, True),
+        ({"owned_by": "library"}, None, {"/api/show": {"capabilities": ["completion"]}}, {}, False),
+        ({"owned_by": "vllm", "max_model_len": 9}, None, {}, {}, False),
+        ({"owned_by": "vllm", "max_model_len": 9}, None, {}, {"images": True}, True),
+        ({"input_modalities": ["text", "image"]}, None, {}, {"images": False}, False),
+        ({}, None, {}, {}, False),
+    ],
+)  # fmt: skip
+async def test_an_engine_tells_whether_its_model_sees(entry, props, told, spec, sees):
+    with fake_engine() as (engine, url):
+        engine.models, engine.props, engine.told = [{"id": "a", **entry}], props, told
+        found = await discover(UpstreamClient(url, timeout=5), UpstreamSpec("mini", url, **spec))
+        asked = {path for path, _, _ in engine.asked}
+    assert found.sees == sees
+    if entry.get("owned_by") == "vllm":
+        assert asked == {"/v1/models"}  # which tells no more, so nothing is tried
 
 
 @pytest.mark.parametrize(

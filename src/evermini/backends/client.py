@@ -55,19 +55,23 @@ class UpstreamClient:
             transport=httpx.AsyncHTTPTransport(retries=CONNECT_RETRIES, limits=_NO_KEEPING),
         )
 
-    async def look(self, path: str, *, root: bool = False) -> Json | None:
+    async def look(
+        self, path: str, *, root: bool = False, asking: Json | None = None
+    ) -> Json | None:
         """Return what a ``GET`` answers, or ``None`` if that is no JSON object.
 
         Args:
             path: Below the base URL.
             root: Below the server's root instead, where engines have what is not OpenAI's.
+            asking: ``POST`` this instead.
 
         Raises:
             UpstreamError: It cannot be reached, is not ready, or refuses the key.
         """
         base = self.url.removesuffix("/v1") if root else self.url
         try:
-            response = await self._http.get(base + path, timeout=_QUICK)
+            method = "GET" if asking is None else "POST"
+            response = await self._http.request(method, base + path, json=asking, timeout=_QUICK)
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         if response.status_code in (401, 403, 503):

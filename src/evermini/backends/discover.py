@@ -1,7 +1,14 @@
-"""What an upstream engine says of itself: which model it serves, and how long prompt and answer may be.
+"""What an upstream engine says of itself: its model, how long prompt and answer may be, whether it looks at images.
 
-vLLM and SGLang list ``max_model_len`` with their models, an Evermini ``context_window``; llama-server tells the context
-of one slot under ``/props``. For engines that tell nothing (OpenAI's own API), ``?window=`` says it.
+| Engine | window | images |
+|---|---|---|
+| vLLM | ``max_model_len`` with its models | nowhere |
+| SGLang | the same | ``has_image_understanding`` under ``/model_info`` (``/get_model_info`` before) |
+| llama-server | of one slot, under ``/props`` | ``modalities`` under ``/props`` |
+| Ollama | nowhere | ``capabilities`` from ``/api/show`` |
+| Evermini | ``context_window`` with its models | ``input_modalities`` with its models |
+
+For engines that tell nothing, ``?window=`` and ``?images=`` say it.
 """
 
 from __future__ import annotations
@@ -21,10 +28,12 @@ class Found:
     Attributes:
         model: Its name for the model.
         window: Tokens of prompt and answer together; ``None``: it does not say.
+        sees: Its model looks at images; false also if it does not say.
     """
 
     model: str
     window: int | None
+    sees: bool = False
 
 
 async def discover(client: UpstreamClient, spec: UpstreamSpec) -> Found:
@@ -41,10 +50,16 @@ async def discover(client: UpstreamClient, spec: UpstreamSpec) -> Found:
         raise not_compatible(client.url)
     entries: dict[str, dict[str, Any]] = {entry["id"]: entry for entry in listed}
     name = _choose(list(entries), spec)
-    window = spec.window or _window(entries[name])
+    entry = entries[name]
+    window, sees = spec.window or _window(entry), spec.images
+    props: dict[str, Any] = {}
+    if window is None or (sees is None and _told_by_props(entry)):
+        props = await _told(client, "/props")
     if window is None:
-        window = await _window_of_slot(client)
-    return Found(name, window)
+        window = _window_of_slot(props)
+    if sees is None:
+        sees = await _sees(client, entry, props)
+    return Found(name, window, sees)
 
 
 def _choose(names: list[str], spec: UpstreamSpec) -> str:
@@ -68,14 +83,41 @@ def _window(entry: dict[str, Any]) -> int | None:
     return _tokens(entry.get("max_model_len")) or _tokens(entry.get("context_window"))
 
 
-async def _window_of_slot(client: UpstreamClient) -> int | None:
+def _window_of_slot(props: dict[str, Any]) -> int | None:
     """Return llama-server's window: that of a slot, not the one the model was trained for."""
-    try:
-        props = await client.look("/props", root=True) or {}
-    except UpstreamError:  # it lists its models, so it is there; it keeps this to itself
-        return None
     settings = props.get("default_generation_settings")
     return _tokens(settings.get("n_ctx")) if isinstance(settings, dict) else None
+
+
+def _told_by_props(entry: dict[str, Any]) -> bool:
+    """Return whether an engine may tell under ``/props`` what its models' list does not."""
+    return "input_modalities" not in entry and entry.get("owned_by") not in ("vllm", "sglang")
+
+
+async def _sees(client: UpstreamClient, entry: dict[str, Any], props: dict[str, Any]) -> bool:
+    """Return whether the model looks at images, as far as the engine tells."""
+    if isinstance(kinds := entry.get("input_modalities"), list):
+        return "image" in kinds
+    if isinstance(kinds := props.get("modalities"), dict):
+        return kinds.get("vision") is True
+    if entry.get("owned_by") == "sglang":
+        told = await _told(client, "/model_info") or await _told(client, "/get_model_info")
+        return told.get("has_image_understanding") is True
+    if props or not _told_by_props(entry):
+        return False
+    told = await _told(client, "/api/show", asking={"model": entry["id"]})
+    capabilities = told.get("capabilities")
+    return isinstance(capabilities, list) and "vision" in capabilities
+
+
+async def _told(
+    client: UpstreamClient, path: str, *, asking: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what an engine tells under a path that others do not have; nothing if it does not."""
+    try:
+        return await client.look(path, root=True, asking=asking) or {}
+    except UpstreamError:  # it lists its models, so it is there; it keeps this to itself
+        return {}
 
 
 def _tokens(value: object) -> int | None:

@@ -22,6 +22,11 @@ _TOO_LONG = re.compile(
     re.IGNORECASE,
 )
 """What engines say of prompts that are too long and have no code for it."""
+_BLIND = re.compile(
+    r"not a multimodal model|image input is not supported|(does not|doesn't|not) support (image|vision|multimodal)",
+    re.IGNORECASE,
+)
+"""What engines say to images whose model reads text only; llama-server with the status of a failure."""
 _TOO_LONG_KINDS = {"context_length_exceeded", "exceed_context_size_error"}
 _SHOWN_CHARS = 2000
 
@@ -41,6 +46,12 @@ def refusal(status: int, content: bytes, *, path: str) -> EverminiError:
     )
     said = f"The engine behind this model refuses the request: {message}"
     match status:
+        case 400 | 422 | 500 if _BLIND.search(message):
+            return UnsupportedParameterError(
+                f"{said}. Leave the images out; its operator can start the engine with a model that sees (llama-server "
+                "with --mmproj), or have images read here and sent as text with ?images=no.",
+                param="messages",
+            )
         case 400 | 422 if {code, error.get("type")} & _TOO_LONG_KINDS or _TOO_LONG.search(message):
             return ContextLengthError(said, param=param)
         case 400 | 422:

@@ -152,7 +152,13 @@ def _upstreams(settings: Settings, problems: list[Problem]) -> list[dict[str, An
 
     rows: list[dict[str, Any]] = []
     for name in settings.models:
-        row: dict[str, Any] = {"name": name, "url": None, "model": None, "window": None}
+        row: dict[str, Any] = {
+            "name": name,
+            "url": None,
+            "model": None,
+            "window": None,
+            "images": None,
+        }
         try:
             if (spec := parse_upstream(name)) is None:
                 continue
@@ -170,7 +176,7 @@ def _upstreams(settings: Settings, problems: list[Problem]) -> list[dict[str, An
                 )
             )
         else:
-            row |= {"model": found.model, "window": found.window}
+            row |= {"model": found.model, "window": found.window, "images": found.sees}
             if found.window is None:
                 problems.append(
                     Problem(
@@ -276,7 +282,11 @@ def _print(report: dict[str, Any]) -> None:
                 window = (
                     f"window {upstream['window']:,}" if upstream["window"] else "window not known"
                 )
-                line(upstream["name"], f"{upstream['url']} runs {upstream['model']}: {window}")
+                images = ", images as they are" if upstream["images"] else ", images as text"
+                line(
+                    upstream["name"],
+                    f"{upstream['url']} runs {upstream['model']}: {window}{images}",
+                )
     for problem in report["problems"]:
         console.print(
             f"[{'red' if problem['required'] else 'yellow'}]missing[/]   {escape(problem['what'])}"

@@ -6,8 +6,9 @@ contract, an image may name an uploaded file and a file an URL, as in the Respon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -68,12 +69,35 @@ class Perceived:
         size: Of an image, its pixels: width and height, upright. ``None`` for a document.
         detail: As the request has it.
         seen: The image, if the model looks at it itself.
+        passed_on: A data URL of the image, if an upstream engine's model does.
     """
 
     text: str
     size: tuple[int, int] | None = None
     detail: Detail = "auto"
     seen: Seen | None = None
+    passed_on: str | None = None
+
+
+class Eyes(Protocol):
+    """What looks at images for a model that takes more of them than their text."""
+
+    async def perceive(self, data: bytes, detail: Detail) -> Perceived:
+        """Open an image file, and return what stands for it in a message.
+
+        Raises:
+            InvalidRequestError: It is no image that is taken.
+            EngineStoppedError: The model is closed.
+        """
+        ...
+
+    def check(self, images: Sequence[Perceived]) -> None:
+        """Check that a request may have so many images, before more of them are opened.
+
+        Raises:
+            ContextLengthError: It may not.
+        """
+        ...
 
 
 def check_one_source(path: str, sources: dict[str, str | None]) -> None:

@@ -249,7 +249,7 @@ async def start(
         metrics, served.info.id, time.perf_counter() if arrived is None else arrived
     )
     check_output(request)
-    request = await documents.read(request, served.sight)
+    request = await documents.read(request, served.eyes)
     images = await count_images(request, served.info.id, served.count_tokens)
     answer: Answering
     read: Recalled | Swept | None

@@ -173,6 +173,7 @@ def tuned_info(adapter: Adapter, base: ServedModel) -> ModelInfo:
         context_window=base.info.context_window,
         system_fingerprint=fingerprint(base.info.system_fingerprint, adapter.sha256),
         owned_by=adapter.owner or "evermini",
+        sees=base.info.sees,
     )
 
 

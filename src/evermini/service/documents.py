@@ -1,7 +1,7 @@
 """Images and files of requests to text that any model reads; images stay images for a model that can see.
 
     documents = Documents.open(settings, files)
-    request = await documents.read(request, sight)  # every image and file part now has its text, or is seen
+    request = await documents.read(request, served.eyes)    # every image and file part has its text, or is seen
     document = await documents.document_of(stored)  # what a file part with this file's id shows the model
 
 A document becomes `evermini.service.parts.wrap_document` of its name and text: a long text of that name, which recall
@@ -33,16 +33,14 @@ from evermini.errors import (
     RequestError,
     UnsupportedParameterError,
 )
-from evermini.service.attachments import Detail, FileSource, ImageSource, Perceived
+from evermini.service.attachments import Detail, Eyes, FileSource, ImageSource, Perceived
 from evermini.service.fetch import Fetcher
 from evermini.service.file_requests import base_name
 from evermini.service.files import FileService
 from evermini.service.messages import ContentPart
 from evermini.service.parts import wrap_document
 from evermini.service.schemas import ChatRequest
-from evermini.service.sight import Seen, Sight
 from evermini.storage.files import StoredFile
-from evermini.text.chat import IMAGE_MARK
 
 T = TypeVar("T")
 
@@ -112,18 +110,22 @@ class Documents:
         self._closed.set()
         self._pool.shutdown(cancel_futures=True)
 
-    async def read(self, request: ChatRequest, sight: Sight | None) -> ChatRequest:
+    async def read(
+        self, request: ChatRequest, find_eyes: Callable[[], Awaitable[Eyes | None]]
+    ) -> ChatRequest:
         """Return the request with the text of every image and file in it.
 
         Args:
             request: The request.
-            sight: What looks at images for the model that answers; ``None``: it reads text only.
+            find_eyes: Asked, if there is something to read, what looks at images for the model that answers; ``None``:
+                nothing, it reads text only.
 
         Raises:
             InvalidRequestError: One cannot be read; ``param`` is its path.
             UnsupportedParameterError: It is of a kind that this server does not take.
             StorageError: An uploaded file cannot be read.
             EngineStoppedError: This was closed.
+            UpstreamError: The engine that runs the model cannot be asked what it takes.
         """
         places = [
             (number, place, part)
@@ -140,14 +142,15 @@ class Documents:
                 code="array_above_max_length",
             )
         parts = [list(message.content or ()) for message in request.messages]
-        looked_at: list[Seen] = []
+        eyes = await find_eyes()
+        looked_at: list[Perceived] = []
         for order, (number, place, part) in enumerate(places, start=1):
             path = f"messages[{number}].content[{place}].{part.type}"
-            perceived = await self._perceive(part, path, order, sight)
+            perceived = await self._perceive(part, path, order, eyes)
             parts[number][place] = part.with_perceived(perceived)
-            if sight is not None and perceived.seen is not None:
-                looked_at.append(perceived.seen)
-                sight.check(looked_at)
+            if eyes is not None and perceived.size is not None:
+                looked_at.append(perceived)
+                eyes.check(looked_at)
         messages = [
             message.model_copy(update={"content": content}) if content else message
             for message, content in zip(request.messages, parts, strict=True)
@@ -164,7 +167,7 @@ class Documents:
         return await self._document(await self._stored(file, MAX_DOCUMENT_BYTES), file.filename)
 
     async def _perceive(
-        self, part: ContentPart, path: str, order: int, sight: Sight | None
+        self, part: ContentPart, path: str, order: int, eyes: Eyes | None
     ) -> Perceived:
         """Return what a part shows; ``order`` is its number among the request's attachments."""
         source = part.attachment
@@ -176,11 +179,11 @@ class Documents:
         try:
             if isinstance(source, ImageSource):
                 data, _ = await self._bytes(source.url, source.file_id, MAX_IMAGE_BYTES)
-                return await self._image(data, source.detail or "auto", order, sight)
+                return await self._image(data, source.detail or "auto", order, eyes)
             assert isinstance(source, FileSource), "of the two kinds"
             data, name = await self._file(source)
             if kind_of(data) == "image":
-                return await self._image(data, "auto", order, sight)
+                return await self._image(data, "auto", order, eyes)
             document = await self._document(data, name or f"file {order}")
             return Perceived(wrap_document(document.name, document.text))
         except RequestError as error:
@@ -193,7 +196,7 @@ class Documents:
     async def _file(self, source: FileSource) -> tuple[bytes, str | None]:
         name = None if source.filename is None else base_name(source.filename)
         if source.file_data is not None:
-            return await asyncio.to_thread(_decoded, source.file_data, MAX_DOCUMENT_BYTES), name
+            return await asyncio.to_thread(decode_data, source.file_data, MAX_DOCUMENT_BYTES), name
         data, found = await self._bytes(source.file_url, source.file_id, MAX_DOCUMENT_BYTES)
         return data, name or found
 
@@ -206,7 +209,7 @@ class Documents:
             stored = await self._get(file_id)
             return await self._stored(stored, limit), stored.filename
         if url[:5].lower() == "data:":
-            return await asyncio.to_thread(_decoded, url, limit), None
+            return await asyncio.to_thread(decode_data, url, limit), None
         if urlsplit(url[:20]).scheme not in ("http", "https"):
             raise InvalidRequestError(
                 "Expected a data URL (data:image/png;base64,...) or an address that begins with https://.",
@@ -239,12 +242,9 @@ class Documents:
 
     # What they say
 
-    async def _image(
-        self, data: bytes, detail: Detail, order: int, sight: Sight | None
-    ) -> Perceived:
-        if sight is not None:
-            seen = await sight.look(data, detail)
-            return Perceived(IMAGE_MARK, seen.size, detail, seen)
+    async def _image(self, data: bytes, detail: Detail, order: int, eyes: Eyes | None) -> Perceived:
+        if eyes is not None:
+            return await eyes.perceive(data, detail)
         perception = self._needed()
         text, size = await self._in_pool(perception.describe, data, detail)
         return Perceived(mark_image(text, order), size, detail)
@@ -313,8 +313,12 @@ def mark_image(text: str, order: int) -> str:
     return f"\n[image {order}]\n{text}\n{end}\n"
 
 
-def _decoded(text: str, limit: int) -> bytes:
+def decode_data(text: str, limit: int) -> bytes:
     """Return the bytes of a data URL or of plain base64.
+
+    Args:
+        text: What was sent.
+        limit: More bytes than this are refused.
 
     Raises:
         InvalidRequestError: It is neither, or too long.

@@ -51,7 +51,7 @@ class ImageTokens:
 async def count_images(
     request: ChatRequest, model: str, count: Callable[[str], int]
 ) -> ImageTokens:
-    """Return the tokens of a request's images, which must have been read.
+    """Return the tokens of a request's images, which must have been read; those passed on are the engine's to count.
 
     Args:
         request: The conversation.
@@ -62,7 +62,9 @@ async def count_images(
         part.perceived
         for message in request.messages
         for part in message.content or ()
-        if part.perceived is not None and part.perceived.size is not None
+        if part.perceived is not None
+        and part.perceived.size is not None
+        and part.perceived.passed_on is None
     ]
     if not seen:
         return ImageTokens()

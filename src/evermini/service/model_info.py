@@ -24,6 +24,7 @@ class ModelInfo:
             ``None``: not known, for another server answers and does not say.
         system_fingerprint: Changes whenever the same request may get other tokens.
         owned_by: The organisation in a fine-tuned model's name.
+        sees: It looks at images itself; others read what is recognised on them.
     """
 
     id: str
@@ -32,6 +33,7 @@ class ModelInfo:
     context_window: int | None
     system_fingerprint: str
     owned_by: str = "evermini"
+    sees: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,9 +16,11 @@ from evermini.service.reading import OnProgress, Recalled
 from evermini.service.rendering import encode
 from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest
-from evermini.service.sight import Place, Seen, Sight, place
+from evermini.service.sight import Place, Sight, images_of, place
 from evermini.service.sweep import Sweep, Swept
+from evermini.service.upstream.forward import images_in
 from evermini.service.upstream.model import UpstreamModel
+from evermini.service.upstream.prompting import count_with_images
 
 _SURELY_LONG = 8
 """With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
@@ -55,7 +57,7 @@ async def make_prompt(
             "'recall' on.",
             param="x_evermini.reading",
         )
-    if _seen(request):
+    if images_of(request.messages):
         return await _prompt_with_images(served, request)
     if reader is None or request.reading == "dense":
         return Prompt(await whole_prompt(served, request))
@@ -106,21 +108,13 @@ async def _prompt_with_images(served: ServedModel, request: ChatRequest) -> Prom
     return Prompt(token_ids, None, await served.sight.embed(token_ids, places))
 
 
-def _seen(request: ChatRequest) -> list[Seen]:
-    """Return the images that the model looks at, in order."""
-    return [
-        part.perceived.seen
-        for message in request.messages
-        for part in message.content or ()
-        if part.perceived is not None and part.perceived.seen is not None
-    ]
-
-
 async def _placed(
     served: ServedModel, sight: Sight, request: ChatRequest
 ) -> tuple[list[int], list[Place]]:
     """Return the conversation as token ids, and where its images are."""
-    return place(await whole_prompt(served, request), sight.image_token_id, _seen(request))
+    return place(
+        await whole_prompt(served, request), sight.image_token_id, images_of(request.messages)
+    )
 
 
 async def whole_prompt(served: ServedModel, request: ChatRequest) -> Sequence[int]:
@@ -144,5 +138,7 @@ async def count_tokens(served: Served, request: ChatRequest) -> int:
             "Tokens are not counted for this model, which another engine runs: that takes the setting 'recall'.",
             param="model",
         )
+    if images_in(request.messages):
+        return await count_with_images(served, request)
     texts = [message.text() for message in request.messages]
     return await tokenise(sum(map(len, texts)), served.reader.assembler.measure, request, texts)

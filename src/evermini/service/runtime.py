@@ -25,6 +25,7 @@ from evermini.models.config import ModelConfig
 from evermini.models.decoder import Decoder
 from evermini.models.lora import LoraWeights
 from evermini.recall.select import SPARING, Policy
+from evermini.service.attachments import Eyes
 from evermini.service.loading import load_checkpoint, load_indexer
 from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
@@ -82,6 +83,10 @@ class ServedModel:
     def is_alive(self) -> bool:
         """Whether the engine takes requests."""
         return self.worker.is_alive
+
+    async def eyes(self) -> Eyes | None:
+        """Return what looks at images."""
+        return self.sight
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens a plain text has."""
@@ -261,7 +266,7 @@ def load_tier(
         system_fingerprint=fingerprint(checkpoint.fingerprint, settings.precision, settings.device),
     )
     return ServedModel(
-        info,
+        replace(info, sees=sight is not None),
         worker,
         tokenizer,
         template,

@@ -270,6 +270,7 @@ class ModelAnswer(TypedDict):
     created: int
     owned_by: str
     context_window: int | None
+    input_modalities: list[Literal["text", "image"]]
 
 
 @with_config(EXACT)

@@ -18,7 +18,7 @@ import hashlib
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,11 +37,13 @@ from evermini.errors import (
     InvalidRequestError,
 )
 from evermini.service import tracing
-from evermini.service.attachments import Detail
+from evermini.service.attachments import Detail, Perceived
 from evermini.service.image_tokens import LOW_PIXELS, MAX_PATCHES, PATCH
+from evermini.service.messages import Message
 from evermini.service.offload import step_back
+from evermini.text.chat import IMAGE_MARK
 from evermini.text.tokenizer import Tokenizer
-from evermini.vision.images import open_image, shrunk
+from evermini.vision.images import Picture, open_image, shrunk
 from evermini.vision.tower import TowerInput, VisionTower
 
 P = ParamSpec("P")
@@ -143,16 +145,22 @@ class Sight:
         """
         return await self._in(self._looking, self._look, data, detail)
 
-    def check(self, images: Sequence[Seen]) -> None:
+    async def perceive(self, data: bytes, detail: Detail) -> Perceived:
+        """Return what stands for an image in a message; see `look`."""
+        seen = await self.look(data, detail)
+        return Perceived(IMAGE_MARK, seen.size, detail, seen)
+
+    def check(self, images: Sequence[Perceived]) -> None:
         """Check that images alone do not exceed the window, before more of them are opened.
 
         Raises:
             ContextLengthError: They do.
         """
-        num_tokens = sum(len(image.token_ids) for image in images)
+        seen = [image.seen for image in images if image.seen is not None]
+        num_tokens = sum(len(image.token_ids) for image in seen)
         if num_tokens >= self._window:
-            last = images[-1]
-            which = "first image" if len(images) == 1 else f"first {len(images)} images"
+            last = seen[-1]
+            which = "first image" if len(seen) == 1 else f"first {len(seen)} images"
             raise ContextLengthError(
                 f"This model's maximum context length is {self._window} tokens. However, the {which} of the messages "
                 f"take {num_tokens} (the last of them, of {last.size[0]} x {last.size[1]} pixels, takes "
@@ -182,8 +190,8 @@ class Sight:
             for at, rows in zip(places, values, strict=True)
             for run in _runs(at, rows, self.image_token_id)
         ]
-        has_axes = any(at.image.grid is not None for at in places)
-        return Embedded(tuple(runs), axes_of(len(token_ids), places) if has_axes else None)
+        grids = _grids(places)
+        return Embedded(tuple(runs), axes_of(len(token_ids), grids) if grids else None)
 
     def close(self) -> None:
         """End what runs after the piece in work; nothing is accepted any more."""
@@ -199,7 +207,7 @@ class Sight:
                 self._known.move_to_end(key)
                 return known
         size, waiting = self._prepare(data, is_low)
-        token_ids = tuple(self._ids(waiting.segments))
+        token_ids = image_ids(self._tokenizer, waiting)
         seen = Seen(key, data, is_low, size, token_ids, waiting.grid, waiting)
         with self._lock:
             self._known[key] = seen
@@ -209,15 +217,7 @@ class Sight:
     def _prepare(self, data: bytes, is_low: bool) -> tuple[tuple[int, int], TowerInput]:
         """Return an image's size, and the image as the tower takes it."""
         picture = open_image(data)
-        width, height = picture.size
-        fit = min(1.0, math.sqrt(MAX_PIXELS / (width * height)))
-        longest = LOW_PIXELS if is_low else max(1, math.floor(max(width, height) * fit))
-        return picture.size, self._tower.prepare(shrunk(picture.image, longest))
-
-    def _ids(self, segments: Sequence[str | int]) -> list[int]:
-        split = self._tokenizer.split_special
-        parts = (p for s in segments for p in ([s] if isinstance(s, int) else split(s)))
-        return self._tokenizer.encode_segments(("", *parts))
+        return picture.size, prepare(self._tower, picture, is_low=is_low)
 
     async def _embedding(self, seen: Seen, left: threading.Event) -> Tensor:
         """Return an image's embeddings, without waiting for others if they are known."""
@@ -256,6 +256,41 @@ class Sight:
             raise EngineStoppedError("The server is shutting down. Try another server, or later.")
         call = partial(work, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+
+def prepare(tower: VisionTower, picture: Picture, *, is_low: bool) -> TowerInput:
+    """Return an image as a tower takes it; ``is_low``: looked at in 512 pixels.
+
+    Raises:
+        InvalidRequestError: It is of a shape that the model cannot look at.
+    """
+    return tower.prepare(shrunk(picture.image, longest_side(picture.size, is_low=is_low)))
+
+
+def longest_side(size: tuple[int, int], *, is_low: bool) -> int:
+    """Return what an image's longer side is shrunk to, as OpenAI's models see it."""
+    width, height = size
+    if is_low:
+        return LOW_PIXELS
+    fit = min(1.0, math.sqrt(MAX_PIXELS / (width * height)))
+    return max(1, math.floor(max(width, height) * fit))
+
+
+def image_ids(tokenizer: Tokenizer, image: TowerInput) -> tuple[int, ...]:
+    """Return what stands in a prompt in an image's place, as token ids."""
+    split = tokenizer.split_special
+    parts = (p for s in image.segments for p in ([s] if isinstance(s, int) else split(s)))
+    return tuple(tokenizer.encode_segments(("", *parts)))
+
+
+def images_of(messages: Iterable[Message]) -> list[Seen]:
+    """Return the images that a model looks at, in order."""
+    return [
+        part.perceived.seen
+        for message in messages
+        for part in message.content or ()
+        if part.perceived is not None and part.perceived.seen is not None
+    ]
 
 
 def place(
@@ -305,24 +340,32 @@ def _runs(at: Place, values: Tensor, image_token_id: int) -> list[EmbeddedRun]:
     return runs
 
 
-def axes_of(num_tokens: int, places: Sequence[Place]) -> np.ndarray:
+def _grids(places: Sequence[Place]) -> list[tuple[int, tuple[int, int]]]:
+    """Return where each image begins, with its grid."""
+    found = [(at.start, at.image.grid) for at in places]
+    return [(start, grid) for start, grid in found if grid is not None]
+
+
+def axes_of(num_tokens: int, grids: Iterable[tuple[int, tuple[int, int]]]) -> np.ndarray:
     """Return the positions of a prompt on three axes (M-RoPE): time, height and width; (3, num_tokens) int64.
 
     A text's tokens have the same position on all three. An image's have one in time, and their row and column in its
     grid, counted from the position of its first token; what follows goes on after the largest.
+
+    Args:
+        num_tokens: Of the prompt.
+        grids: Where each image's tokens begin, and their rows and columns, in order.
     """
     axes = np.empty((3, num_tokens), np.int64)
     token = position = 0
-    for at in places:
-        assert at.image.grid is not None, "images of a model with three axes have a grid"
-        rows, columns = at.image.grid
-        text = at.start - token
-        axes[:, token : at.start] = np.arange(position, position + text)
+    for start, (rows, columns) in grids:
+        text = start - token
+        axes[:, token:start] = np.arange(position, position + text)
         position += text
-        end = at.start + rows * columns
-        axes[0, at.start : end] = position
-        axes[1, at.start : end] = position + np.repeat(np.arange(rows), columns)
-        axes[2, at.start : end] = position + np.tile(np.arange(columns), rows)
+        end = start + rows * columns
+        axes[0, start:end] = position
+        axes[1, start:end] = position + np.repeat(np.arange(rows), columns)
+        axes[2, start:end] = position + np.tile(np.arange(columns), rows)
         token, position = end, position + max(rows, columns)
     axes[:, token:] = np.arange(position, position + num_tokens - token)
     return axes

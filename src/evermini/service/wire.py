@@ -76,6 +76,7 @@ def model(name: str, info: ModelInfo) -> Json:
         "created": info.created,
         "owned_by": info.owned_by,
         "context_window": info.context_window,
+        "input_modalities": ["text", "image"] if info.sees else ["text"],
     }
 
 

@@ -15,6 +15,8 @@ MAX_PIXELS = 50_000_000
 """A page of A4 at 600 dots per inch has 35 million."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 _CODE = "invalid_image_format"
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a photo lies."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,14 @@ class Picture:
     Attributes:
         image: In RGB; what was transparent is white.
         format: Of its file, such as ``"JPEG"``.
+        mode: Its pixels' in the file, such as ``"RGBA"``.
+        is_turned: It lay on its side or was mirrored in the file.
     """
 
     image: Image
     format: str
+    mode: str
+    is_turned: bool
 
     @property
     def size(self) -> tuple[int, int]:
@@ -56,10 +62,11 @@ def open_image(data: bytes) -> Picture:
     with image:
         if image.width * image.height > MAX_PIXELS:
             raise _too_large(f"The image of {image.width} x {image.height}")
-        kind = image.format or ""
+        kind, mode = image.format or "", image.mode
         try:
             image.load()
-            return Picture(_as_rgb(ImageOps.exif_transpose(image)), kind)
+            is_turned = image.getexif().get(_ORIENTATION, 1) != 1
+            return Picture(_as_rgb(ImageOps.exif_transpose(image)), kind, mode, is_turned)
         except Exception as error:
             raise InvalidRequestError(
                 f"The image is damaged: {str(error)[:200] or type(error).__name__}. Save it anew.",
@@ -74,6 +81,13 @@ def shrunk(image: Image, longest: int) -> Image:
         return image
     width, height = (max(1, round(side * factor)) for side in image.size)
     return image.resize((width, height))
+
+
+def as_png(image: Image) -> bytes:
+    """Return an image as a file that every engine opens."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def stretched(image: Image) -> Image:

@@ -128,7 +128,7 @@ class Responses:
         context = [*await self.contexts.history(request), *items]
         wanted = await as_chat(request, context)
         try:
-            wanted = await self._documents.read(wanted, served.sight)
+            wanted = await self._documents.read(wanted, served.eyes)
         except InvalidRequestError as error:
             raise located(error, request, context) from None
         images = await count_images(wanted, served.info.id, served.count_tokens)

@@ -22,6 +22,7 @@ from evermini.service.sweep import Swept
 from evermini.service.upstream.answer import UpstreamWriting
 from evermini.service.upstream.checks import FormCheck
 from evermini.service.upstream.exchange import Exchange
+from evermini.service.upstream.forward import images_in
 from evermini.service.upstream.model import UpstreamModel
 from evermini.service.upstream.prompting import Prompt, make_prompt, read_down
 from evermini.service.upstream.replies import CallPiece, ChatPart, ChatReply, read
@@ -161,7 +162,8 @@ async def start(
         return await ask(prompt), prompt.read
     except ContextLengthError as error:
         served.forget()  # it may have been restarted with another window
-        if prompt.read is not None or served.reader is None or request.reading != "auto":
+        is_whole = prompt.read is None and not images_in(request.messages)
+        if not is_whole or served.reader is None or request.reading != "auto":
             raise
         # By our tokens it fitted, by the engine's it does not: so the window is shorter than the prompt.
         shorter = await read_down(served, request, prompt.num_tokens, timer, progress)

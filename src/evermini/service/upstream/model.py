@@ -16,9 +16,11 @@ from evermini.backends.client import UpstreamClient
 from evermini.backends.discover import Found, discover
 from evermini.backends.spec import UpstreamSpec
 from evermini.errors import EngineStoppedError, UpstreamError
+from evermini.service.attachments import Eyes
 from evermini.service.model_info import ModelInfo
 from evermini.service.reading import LongReader
 from evermini.service.sweep_forms import Form
+from evermini.service.upstream.forward import Forwarder
 
 log = logging.getLogger(__name__)
 
@@ -66,23 +68,29 @@ class UpstreamModel:
         self._found: Found | None = None
         self._calls: set[Call] = set()
         self._is_closed = False
+        self._forwarder = Forwarder()
 
     @property
     def info(self) -> ModelInfo:
         """What clients may know of it."""
+        found = self._found
+        info = replace(self._info, sees=found is not None and found.sees)
         if self.reader is not None:
-            return replace(self._info, context_window=self.reader.max_prompt_tokens)
-        return replace(self._info, context_window=self._found.window if self._found else None)
+            return replace(info, context_window=self.reader.max_prompt_tokens)
+        return replace(info, context_window=found.window if found else None)
 
     @property
     def is_alive(self) -> bool:
         """Whether requests are taken; the engine itself may be away for a while."""
         return not self._is_closed
 
-    @property
-    def sight(self) -> None:
-        """Nothing: its prompts are text."""
-        return None
+    async def eyes(self) -> Eyes | None:
+        """Return what passes images on; ``None``: the engine's model reads text only.
+
+        Raises:
+            UpstreamError: It cannot be reached, or does not have the model.
+        """
+        return self._forwarder if (await self.found()).sees else None
 
     def count_tokens(self, text: str) -> int:
         """Return how many tokens a plain text has for the model that reads long prompts; without one, a guess."""
@@ -132,6 +140,7 @@ class UpstreamModel:
         """Take no more requests, and end what runs."""
         del timeout  # what runs is the engine's: there is nothing here to wait for
         self._is_closed = True
+        self._forwarder.close()
         if self.reader is not None:
             self.reader.close()
         for call in tuple(self._calls):

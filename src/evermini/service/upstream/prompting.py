@@ -18,7 +18,9 @@ from evermini.service.reading import LongReader, OnProgress, Recalled
 from evermini.service.schemas import ChatRequest
 from evermini.service.sweep import Sweep, Swept
 from evermini.service.upstream.asking import UpstreamAsker
+from evermini.service.upstream.forward import count_passed_on, images_in
 from evermini.service.upstream.model import CHARACTERS_PER_TOKEN, UpstreamModel
+from evermini.text.chat import IMAGE_MARK
 
 _SURELY_LONG = 8
 """With more characters per token of the window than this, a prompt is not tokenised as a whole to see if it fits."""
@@ -57,13 +59,17 @@ async def make_prompt(
         timer: Told what the engine computed on the way, if it ends in an error.
         progress: Told how the reading of a long text goes.
 
+    A conversation with images is sent whole, and the engine refuses what does not fit.
+
     Raises:
         ContextLengthError: The prompt is too long, or what must stay whole is.
-        UnsupportedParameterError: Recall or a sweep is asked for, and recall is off.
+        UnsupportedParameterError: Recall or a sweep is asked for, and recall is off or there are images.
         EverminiError: What `UpstreamAsker.ask` says.
     """
     _check_reading(served, request, window)
     texts = [message.text() for message in request.messages]
+    if images_in(request.messages):
+        return Prompt(texts, await count_with_images(served, request))
     num_characters = sum(map(len, texts))
     reader = served.reader
     if reader is None or window is None or request.reading == "dense":
@@ -74,6 +80,16 @@ async def make_prompt(
         if num_tokens + (request.max_output or least_room(window)) <= window:
             return Prompt(texts, num_tokens)
     return await read_down(served, request, window, timer, progress) or Prompt(texts, num_tokens)
+
+
+async def count_with_images(served: UpstreamModel, request: ChatRequest) -> int:
+    """Return the tokens of a conversation with images: its texts by our count, its images by OpenAI's."""
+    texts = [message.text().replace(IMAGE_MARK, "") for message in request.messages]
+    num_characters, reader = sum(map(len, texts)), served.reader
+    in_images = count_passed_on(request, served.info.id)
+    if reader is None:
+        return in_images + num_characters // CHARACTERS_PER_TOKEN
+    return in_images + await tokenise(num_characters, reader.assembler.measure, request, texts)
 
 
 async def read_down(
@@ -133,6 +149,12 @@ async def _sweep(
 
 
 def _check_reading(served: UpstreamModel, request: ChatRequest, window: int | None) -> None:
+    if request.reading in ("recall", "sweep") and images_in(request.messages):
+        raise UnsupportedParameterError(
+            "A conversation with images that the model looks at is read whole. Set x_evermini.reading to 'auto' or "
+            "'dense', or leave the images out.",
+            param="x_evermini.reading",
+        )
     if request.reading in ("recall", "sweep") and (served.reader is None or window is None):
         missing = "Recall is not used" if served.reader is None else "The window is not known"
         raise UnsupportedParameterError(

@@ -100,6 +100,7 @@ class ChatPart(BaseModel):
 
 class _PromptDetails(BaseModel):
     cached_tokens: int | None = None
+    image_tokens: int | None = None
 
 
 class UsageReply(BaseModel):
@@ -113,7 +114,8 @@ class UsageReply(BaseModel):
         """Return them as they are counted here."""
         details = self.prompt_tokens_details
         cached = (details.cached_tokens if details else None) or 0
-        return Usage(self.prompt_tokens, self.completion_tokens or 0, cached)
+        images = (details.image_tokens if details else None) or 0
+        return Usage(self.prompt_tokens, self.completion_tokens or 0, cached, image_tokens=images)
 
 
 class ChatReply(BaseModel):

@@ -13,6 +13,7 @@ from evermini.errors import UnsupportedParameterError
 from evermini.service.limits import DEFAULT_COMPLETION_TOKENS
 from evermini.service.schemas import ChatRequest, CompletionRequest, SamplingRequest
 from evermini.service.tools import Toolset
+from evermini.service.upstream.forward import images_in, with_images
 
 Json = dict[str, Any]
 
@@ -112,6 +113,8 @@ def _messages(request: ChatRequest, texts: Sequence[str]) -> list[Json]:
             message["tool_call_id"] = f"call_{num_legacy}"
         if "tool_calls" in message and not text:
             message["content"] = None
+        if images := images_in([given]):
+            message["content"] = with_images(message["content"], images)
         messages.append(message)
     return messages
 
