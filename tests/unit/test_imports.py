@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
         "text",
         "storage",
     },
-    "tuning": {"errors", "models", "service", "text"},
+    "tuning": {"errors", "models", "service", "text", "vision"},
     "api": {"errors", "config", "service", "storage"},
     "llm": {"errors", "config", "models", "recall", "service", "text"},
     "evals": {"errors", "models", "recall", "service", "llm"},

@@ -20,7 +20,10 @@ tune = typer.Typer(
 )
 
 _DATABASE = ("home", "database_url", "blob_url")
-_TRAINING = (*_DATABASE, "model", "weights_dir", "device", "threads", "organization")
+_TRAINING = (
+    *(*_DATABASE, "model", "weights_dir", "device", "threads", "organization"),
+    "allow_remote_images",
+)
 _PRICES = ("machine_price", "machine_watts", "electricity_price")
 
 FileArgument = Annotated[
@@ -43,7 +46,7 @@ JobArgument = Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")
 
 
 @tune.command()
-@with_settings("home", "model", "weights_dir", "device", "threads", *_PRICES)
+@with_settings("home", "model", "weights_dir", "device", "threads", "allow_remote_images", *_PRICES)
 def check(
     loaded: LoadedSettings,
     file: FileArgument,
@@ -60,6 +63,7 @@ def check(
     from evermini.text.tokenizer import Tokenizer
     from evermini.tuning.check import summary
     from evermini.tuning.data import read_data
+    from evermini.tuning.images import ImageReader
 
     settings = loaded.settings
     name = settings.models[0]
@@ -67,11 +71,15 @@ def check(
     checkpoint = open_checkpoint(
         pull.ensure(source, home=settings.home, weights_dir=settings.weights_dir)
     )
-    template = ChatTemplate(Tokenizer(checkpoint.tokenizer))
+    tokenizer = Tokenizer(checkpoint.tokenizer)
+    template = ChatTemplate(tokenizer)
+    images = ImageReader(checkpoint, tokenizer, allow_remote=settings.allow_remote_images)
     window, found = checkpoint.config.max_position, {}
     for path, least in ((file, MIN_EXAMPLES), (validation, 1)):
         if path is not None:
-            found[path] = read_data(path, method, template, window, min_examples=least)
+            found[path] = read_data(
+                path, method, template, window, min_examples=least, images=images
+            )
     num_errors = sum(data.num_errors for data in found.values())
     for path, data in found.items():
         for error in data.errors:
@@ -103,9 +111,10 @@ def _print_summary(measured: dict[str, Any], model: str, settings: Settings) -> 
     wanted, tokens = measured["hyperparameters"], measured["trained_tokens"]
     hours = measured["estimated_seconds"] / 3600
     print(f"{measured['num_examples']} examples, all good")
+    images = f" in texts and {measured['num_images']:,} images" if measured["num_images"] else ""
     print(
-        f"{measured['num_tokens']:,} tokens, {measured['num_learnt_tokens']:,} of them learnt; the longest example has "
-        f"{measured['longest']:,} of {measured['window']:,}"
+        f"{measured['num_tokens']:,} tokens{images}, {measured['num_learnt_tokens']:,} of them learnt; the longest "
+        f"example has {measured['longest']:,} of {measured['window']:,}"
     )
     print(
         f"{wanted['n_epochs']} epochs, batches of {wanted['batch_size']}, learning rate multiplier "

@@ -13,14 +13,18 @@ import threading
 import time
 from pathlib import Path
 
-from evermini.errors import EverminiError
+import torch
+
+from evermini.errors import EngineStoppedError, EverminiError
 from evermini.models import pull
 from evermini.models.checkpoint import Checkpoint, open_checkpoint
-from evermini.service.fine_tuning.spec import TRAINING, VALIDATION, TrainingSpec
+from evermini.service.fine_tuning.spec import IMAGES, TRAINING, VALIDATION, TrainingSpec
 from evermini.service.loading import what_to_serve
 from evermini.text.chat import ChatTemplate
 from evermini.text.tokenizer import Tokenizer
 from evermini.tuning.data import Data, read_data
+from evermini.tuning.device import own_device
+from evermini.tuning.images import ImageReader, ImageStore
 from evermini.tuning.reports import Reporter
 
 NICE = 10
@@ -68,7 +72,14 @@ def _run(what: str, folder: Path, reporter: Reporter, stop: threading.Event) -> 
             weights_dir=Path(spec.weights_dir) if spec.weights_dir else None,
         )
     )
-    training, validation = _read(spec, folder, checkpoint)
+    store = ImageStore(folder / IMAGES) if what == "train" else None
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
+    try:
+        training, validation = _read(spec, folder, checkpoint, store, stop)
+    except EngineStoppedError:
+        reporter.send("stopped", step=0)
+        sys.exit(1)  # others that train with this process are ended by accelerate for that
     for param, data in (("training_file", training), ("validation_file", validation)):
         if data is not None and data.num_errors:
             listed = [{"line": e.line, "path": e.path, "message": e.message} for e in data.errors]
@@ -79,22 +90,40 @@ def _run(what: str, folder: Path, reporter: Reporter, stop: threading.Event) -> 
 
         reporter.send("checked", data=summary(spec, checkpoint.config, training, validation))
         return
-    import torch
-
     from evermini.tuning.train import train
 
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
     train(spec, folder, checkpoint, training, validation, reporter, stop.is_set)
 
 
-def _read(spec: TrainingSpec, folder: Path, checkpoint: Checkpoint) -> tuple[Data, Data | None]:
-    template = ChatTemplate(Tokenizer(checkpoint.tokenizer))
+def _read(
+    spec: TrainingSpec,
+    folder: Path,
+    checkpoint: Checkpoint,
+    store: ImageStore | None,
+    stop: threading.Event,
+) -> tuple[Data, Data | None]:
+    """Read the files; with a ``store``, their images are embedded into it.
+
+    Raises:
+        EngineStoppedError: It was told to stop before all of them were.
+    """
+    tokenizer = Tokenizer(checkpoint.tokenizer)
+    template = ChatTemplate(tokenizer)
     window = checkpoint.config.max_position
-    training = read_data(folder / TRAINING, spec.method, template, window)
+    images = ImageReader(
+        checkpoint,
+        tokenizer,
+        allow_remote=spec.allow_remote_images,
+        device=own_device(spec.device) if store is not None else "cpu",
+        store=store,
+        is_told_to_stop=stop.is_set,
+    )
+    training = read_data(folder / TRAINING, spec.method, template, window, images=images)
     validation = None
     if spec.has_validation:
-        validation = read_data(folder / VALIDATION, spec.method, template, window, min_examples=1)
+        validation = read_data(
+            folder / VALIDATION, spec.method, template, window, min_examples=1, images=images
+        )
     return training, validation
 
 

@@ -31,6 +31,7 @@ def summary(
         "num_examples": len(training.examples),
         "num_tokens": training.num_tokens,
         "num_learnt_tokens": training.num_learnt,
+        "num_images": training.num_images,
         "longest": training.longest,
         "window": config.max_position,
         "num_validation_examples": 0 if validation is None else len(validation.examples),

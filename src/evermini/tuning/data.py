@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evermini.service.fine_tuning.spec import MIN_EXAMPLES
+from evermini.service.sight import images_of
 from evermini.text.chat import ChatTemplate
 from evermini.tuning.examples import Example, encode_row
+from evermini.tuning.images import MAX_EXAMPLES, ImageReader
 from evermini.tuning.rows import Method, RowError, read_rows
 
 MAX_ERRORS = 100
@@ -39,6 +41,11 @@ class Data:
         return sum(example.num_learnt for example in self.examples)
 
     @property
+    def num_images(self) -> int:
+        """Images of all examples."""
+        return sum(example.num_images for example in self.examples)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest example."""
         return max((example.longest for example in self.examples), default=0)
@@ -55,6 +62,7 @@ def read_data(
     window: int,
     *,
     min_examples: int = MIN_EXAMPLES,
+    images: ImageReader | None = None,
 ) -> Data:
     """Read a training or validation file.
 
@@ -64,16 +72,33 @@ def read_data(
         template: The model's.
         window: Tokens that the model can attend to.
         min_examples: How many there must be.
+        images: Looks at images; ``None``: the model reads text only, and rows with images are errors.
+
+    Raises:
+        EngineStoppedError: Reading was told to stop while images were looked at.
+        ConfigError: Images cannot be looked at on this machine.
     """
     data = Data()
-    num_rows = 0
+    num_rows = num_seeing = 0
+    sees = images is not None and images.sees
     with path.open("rb") as file:
-        for row in read_rows(file, method):
+        for row in read_rows(file, method, sees=sees):
             num_rows += 1
             if isinstance(row, list):
                 data._note(*row)
                 continue
-            example = encode_row(template, row, window)
+            if images is not None and sees:
+                line = row.line
+                row = images.read(row)
+                if isinstance(row, list):
+                    data._note(*row)
+                    continue
+                if images_of(row.messages):
+                    num_seeing += 1
+                    if num_seeing == MAX_EXAMPLES + 1:
+                        words = f"More than {MAX_EXAMPLES:,} examples of this file have images: leave some out."
+                        data._note(RowError(line, "", words))
+            example = encode_row(template, row, window, images.image_token_id if images else -1)
             if isinstance(example, RowError):
                 data._note(example)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -23,6 +24,18 @@ def pick_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device is {name}, but PyTorch sees no GPU. Set it to cpu.")
     return torch.device(name)
+
+
+def own_device(name: str) -> torch.device:
+    """Return the device of this process: of several that train together, each has a GPU of its own.
+
+    Raises:
+        ConfigError: There is no such GPU.
+    """
+    device, rank = pick_device(name), os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and device.index is None and rank is not None:
+        return torch.device("cuda", int(rank))
+    return device
 
 
 def pick_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:

@@ -3,8 +3,9 @@
     {"messages": [...], "tools": [...]}                                              supervised
     {"input": {"messages": [...]}, "preferred_output": [...], "non_preferred_output": [...]}     dpo
 
-An assistant's message with ``"weight": 0`` is shown to the model and not learnt. A bad line does not end the reading:
-its author wants to know of all of them.
+An assistant's message with ``"weight": 0`` is shown to the model and not learnt. Messages of users may hold images
+where the model sees; `evermini.tuning.images` looks at them. A bad line does not end the reading: its author wants to
+know of all of them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from evermini.service.tools import Functions, Tools, Toolset, from_functions, fr
 from evermini.service.validation import WireModel, find_problems
 
 Method = Literal["supervised", "dpo"]
-MAX_LINE_BYTES = 64 * 1024**2
+MAX_LINE_BYTES = 160 * 1024**2
+"""Room for `MAX_IMAGES` of the largest images in base64."""
+MAX_IMAGES = 10
+"""Images of an example (OpenAI's limit, as are those of `evermini.tuning.images`)."""
 _PARTS = {
     "image_url": "images",
     "input_image": "images",
     "input_audio": "audio",
     "file": "files",
 }
+_BLIND = (
+    "Training on images is not supported by this model, which reads text only. Serve a vision-language checkpoint "
+    "under the tier (mini=/path/to/Qwen2.5-VL-3B-Instruct), or leave this example out."
+)
 
 
 @dataclass(frozen=True)
@@ -114,14 +122,22 @@ class PreferenceRow:
 Row = SupervisedRow | PreferenceRow
 
 
-def read_rows(file: IO[bytes], method: Method) -> Iterator[Row | list[RowError]]:
-    """Yield, for each line that is not blank, its example or what is wrong with it."""
+def read_rows(
+    file: IO[bytes], method: Method, *, sees: bool = False
+) -> Iterator[Row | list[RowError]]:
+    """Yield, for each line that is not blank, its example or what is wrong with it.
+
+    Args:
+        file: The lines.
+        method: What they are.
+        sees: The model looks at images; they are refused otherwise.
+    """
     read = _supervised if method == "supervised" else _preference
     for number, raw in enumerate(iter(file.readline, b""), start=1):
         if not raw.strip():
             continue
         try:
-            yield read(number, _object(raw))
+            yield read(number, _object(raw), sees)
         except _Problems as problems:
             yield [RowError(number, path, message) for path, message in problems.found]
 
@@ -146,7 +162,7 @@ def _object(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def _supervised(line: int, row: dict[str, Any]) -> SupervisedRow:
+def _supervised(line: int, row: dict[str, Any], sees: bool) -> SupervisedRow:
     if "prompt" in row and "messages" not in row:
         raise _Problems(
             ("prompt", "Examples of prompt and completion are for base models. Write 'messages'.")
@@ -155,7 +171,7 @@ def _supervised(line: int, row: dict[str, Any]) -> SupervisedRow:
         raise _Problems(
             ("preferred_output", "This is an example of preferences. Set the method to 'dpo'.")
         )
-    _refuse_media(row.get("messages"), "messages")
+    _check_media(row.get("messages"), "messages", sees)
     found = find_problems(_Supervised, row)
     if not isinstance(found, _Supervised):
         raise _Problems(*found)
@@ -188,7 +204,7 @@ def _supervised(line: int, row: dict[str, Any]) -> SupervisedRow:
     return SupervisedRow(line, tuple(messages), targets, toolset)
 
 
-def _preference(line: int, row: dict[str, Any]) -> PreferenceRow:
+def _preference(line: int, row: dict[str, Any], sees: bool) -> PreferenceRow:
     if "messages" in row and "input" not in row:
         raise _Problems(
             (
@@ -198,9 +214,10 @@ def _preference(line: int, row: dict[str, Any]) -> PreferenceRow:
             )
         )
     given = row.get("input")
-    _refuse_media(given.get("messages") if isinstance(given, dict) else None, "input.messages")
+    asked = given.get("messages") if isinstance(given, dict) else None
+    _check_media(asked, "input.messages", sees)
     for name in ("preferred_output", "non_preferred_output"):
-        _refuse_media(row.get(name), name)
+        _check_media(row.get(name), name, sees)
     found = find_problems(_Preference, row)
     if not isinstance(found, _Preference):
         raise _Problems(*found)
@@ -232,20 +249,46 @@ def _preference(line: int, row: dict[str, Any]) -> PreferenceRow:
     return PreferenceRow(line, tuple(messages), answers[0], answers[1], toolset)
 
 
-def _refuse_media(messages: object, path: str) -> None:
-    """Refuse what is no text before the schema says so in words that do not help."""
+def _check_media(messages: object, path: str, sees: bool) -> None:
+    """Refuse what is not learnt before the schema says so in words that do not help."""
     problems = []
+    num_images = 0
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         content = message.get("content") if isinstance(message, dict) else None
         for index, part in enumerate(content if isinstance(content, list) else ()):
             kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind in _PARTS:
-                where = f"{path}[{number}].content[{index}].type"
-                problems.append(
-                    (where, f"Training on {_PARTS[kind]} is not supported. Leave this example out.")
-                )
+            if not isinstance(kind, str) or kind not in _PARTS:
+                continue
+            where = f"{path}[{number}].content[{index}]"
+            if kind == "image_url" and sees:
+                num_images += 1
+                problems += _image_problems(message, part, where)
+            elif _PARTS[kind] != "images":
+                words = f"Training on {_PARTS[kind]} is not supported. Leave this example out."
+                problems.append((f"{where}.type", words))
+            else:
+                words = "Write images as parts of type 'image_url'." if sees else _BLIND
+                problems.append((f"{where}.type", words))
+    if num_images > MAX_IMAGES:
+        words = f"This example has {num_images} images. It may have {MAX_IMAGES}: split it."
+        problems.append((path, words))
     if problems:
         raise _Problems(*problems)
+
+
+def _image_problems(
+    message: dict[str, Any], part: dict[str, Any], where: str
+) -> list[tuple[str, str]]:
+    if (role := message.get("role")) != "user":
+        words = f"Images are for messages with the role 'user', and this one's is {role!r}. Move it there."
+        return [(f"{where}.type", words)]
+    image = part.get("image_url")
+    if isinstance(image, dict) and image.get("file_id") is not None:
+        words = (
+            "Images of training files are data URLs or addresses. Put the bytes in as a data URL."
+        )
+        return [(f"{where}.image_url.file_id", words)]
+    return []
 
 
 def _message_problems(messages: Sequence[Message], path: str) -> list[tuple[str, str]]:

@@ -28,15 +28,17 @@ from evermini.models.checkpoint import Checkpoint
 from evermini.models.config import ModelConfig
 from evermini.service.fine_tuning.spec import (
     ADAPTERS,
+    IMAGES,
     LEARNING_RATE,
     STATE,
     TENSORBOARD,
     TrainingSpec,
 )
-from evermini.tuning import trainers
+from evermini.tuning import seeing, trainers
 from evermini.tuning.base import TARGETS, load_base, load_base_4bit
 from evermini.tuning.data import Data
 from evermini.tuning.device import pick_device, pick_dtype
+from evermini.tuning.images import ImageStore
 from evermini.tuning.reports import Reporter
 
 SAVE_SECONDS = 120.0
@@ -105,6 +107,10 @@ def train(
     )
     if device.type == "cpu":
         trainers.score_learnt_alone(trainer)
+    shown = [one for one in (dataset, held_out) if one and seeing.COLUMNS[0] in one.column_names]
+    if shown:
+        _let_see(trainer, checkpoint, ImageStore(folder / IMAGES))
+        args.distributed_state.wait_for_everyone()  # each process has embedded a share of the images
     weights = checkpoint.fingerprint
     watch = _Watch(spec, folder, trainer, training.num_tokens, weights, reporter, is_told_to_stop)
     trainer.remove_callback(PrinterCallback)
@@ -112,6 +118,14 @@ def train(
     trainer.add_callback(_tensorboard(folder))
     trainer.train(resume_from_checkpoint=_last_state(folder))
     watch.end()
+
+
+def _let_see(trainer: Any, checkpoint: Checkpoint, store: ImageStore) -> None:
+    assert checkpoint.vision is not None, "images are of a model that sees"
+    config = checkpoint.config
+    seeing.let_see(trainer.model, config, checkpoint.vision.image_token_id)
+    has_axes = bool(config.rope_sections)
+    trainer.data_collator = seeing.SeeingCollator(trainer.data_collator, store, has_axes=has_axes)
 
 
 def batches(spec: TrainingSpec, dataset: Dataset, device: torch.device) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer, SFTTrainer
 
+from evermini.tuning import seeing
 from evermini.tuning.examples import IGNORED, Example, PreferenceExample, SupervisedExample
 
 PAD_ID = 0
@@ -30,6 +31,7 @@ def supervised_dataset(examples: Sequence[Example]) -> Dataset:
         {
             "input_ids": [one.ids for one in sequences],
             "labels": [one.labels for one in sequences],
+            **seeing.columns([one.images for one in sequences]),
         }
     )
 
@@ -42,6 +44,7 @@ def preference_dataset(examples: Sequence[Example]) -> Dataset:
             "prompt_ids": [pair.prompt for pair in pairs],
             "chosen_ids": [pair.chosen for pair in pairs],
             "rejected_ids": [pair.rejected for pair in pairs],
+            **seeing.columns([pair.images for pair in pairs]),
         }
     )
 
@@ -112,18 +115,25 @@ def score_learnt_alone(trainer: Any) -> None:
     model.forward = forward
 
 
-class _Quiet:
-    """Writes no model card: the adapter is the product, and it is named elsewhere."""
+class _Ours:
+    """Keeps what a data set says of images, and writes no model card: the adapter is named elsewhere."""
+
+    _signature_columns: list[str] | None
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Do nothing."""
 
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()  # type: ignore[misc]  # trl's, which has no types
+            self._signature_columns = [*(self._signature_columns or ()), *seeing.COLUMNS]
 
-class Supervised(_Quiet, SFTTrainer):  # type: ignore[misc]  # trl has no types
+
+class Supervised(_Ours, SFTTrainer):  # type: ignore[misc]  # trl has no types
     """Learns sequences by their labels."""
 
 
-class Preferences(_Quiet, DPOTrainer):  # type: ignore[misc]
+class Preferences(_Ours, DPOTrainer):  # type: ignore[misc]
     """Learns to tell better answers from worse ones."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: object, **kwargs: object) -> Dataset:

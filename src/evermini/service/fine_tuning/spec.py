@@ -1,6 +1,7 @@
 """What a training process is told, in `spec.json` of a job's folder, and how ``auto`` is decided.
 
 FOLDER/spec.json  training.jsonl  validation.jsonl     written before it starts
+FOLDER/images/                                         embeddings of the examples' images, computed once
 FOLDER/state/                                          the trainer's checkpoints, to go on from
 FOLDER/adapters/step-N/                                an epoch's adapter, until it is stored elsewhere
 FOLDER/tensorboard/                                    for `tensorboard --logdir`
@@ -18,6 +19,7 @@ from evermini.service.validation import WireModel
 SPEC = "spec.json"
 TRAINING = "training.jsonl"
 VALIDATION = "validation.jsonl"
+IMAGES = "images"
 STATE = "state"
 ADAPTERS = "adapters"
 TENSORBOARD = "tensorboard"
@@ -124,6 +126,7 @@ class TrainingSpec(JobSpec):
         weights_dir: Folder with weights files already at hand.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: CPU threads; ``None``: one per core.
+        allow_remote_images: Images are fetched from the addresses that examples name.
     """
 
     source: str
@@ -131,6 +134,7 @@ class TrainingSpec(JobSpec):
     weights_dir: str | None
     device: str
     threads: int | None
+    allow_remote_images: bool = False
 
     @classmethod
     def read(cls, folder: Path) -> TrainingSpec:

@@ -196,6 +196,9 @@ class TuningWorker:
                     case "failed":
                         await self._fail(job, "training_failed", attempt.ending["message"], None)
                         return
+                    case "invalid":  # an image that was there when the file was checked is gone
+                        await self._invalid(job, tuning, attempt.ending)
+                        return
                     case "stopped":
                         if await self._database.run(self._store.stopped, job):
                             return
@@ -367,6 +370,7 @@ class TuningWorker:
             weights_dir=None if settings.weights_dir is None else str(settings.weights_dir),
             device=settings.device,
             threads=settings.threads,
+            allow_remote_images=settings.allow_remote_images,
         )
 
     def _copy(self, stored: StoredFile, place: Path) -> None:
