@@ -54,7 +54,7 @@ class Tiny:
 
     def reader(self, store: ImageStore | None = None, **options: Any) -> ImageReader:
         tokenizer = Tokenizer(self.checkpoint.tokenizer)
-        return ImageReader(self.checkpoint, tokenizer, store=store, **options)
+        return ImageReader(self.checkpoint, tokenizer, precision="fp32", store=store, **options)
 
     def read(self, folder: Path, rows: list[Any], reader: ImageReader, method: Any) -> Data:
         path = folder / "rows.jsonl"

@@ -73,7 +73,9 @@ def check(
     )
     tokenizer = Tokenizer(checkpoint.tokenizer)
     template = ChatTemplate(tokenizer)
-    images = ImageReader(checkpoint, tokenizer, allow_remote=settings.allow_remote_images)
+    images = ImageReader(
+        checkpoint, tokenizer, allow_remote=settings.allow_remote_images, home=settings.home
+    )
     window, found = checkpoint.config.max_position, {}
     for path, least in ((file, MIN_EXAMPLES), (validation, 1)):
         if path is not None:

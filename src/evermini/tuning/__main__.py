@@ -115,6 +115,8 @@ def _read(
         tokenizer,
         allow_remote=spec.allow_remote_images,
         device=own_device(spec.device) if store is not None else "cpu",
+        precision=spec.options.precision,
+        home=Path(spec.home),
         store=store,
         is_told_to_stop=stop.is_set,
     )

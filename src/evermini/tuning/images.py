@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -103,7 +104,9 @@ class ImageReader:
         checkpoint: The model's weights; its tower is loaded when the first image comes.
         tokenizer: Its tokenizer.
         allow_remote: Images are fetched from the addresses that examples name, within the bounds of `Fetcher`.
-        device: Where the tower computes.
+        device: Where the tower computes...
+        precision: ...and how precisely, as for `evermini.vision.tower.load_tower`.
+        home: Folder of all caches, where its packed weights are kept.
         store: Where embeddings are kept; ``None``: images are opened and counted only.
         is_told_to_stop: Asked before each layer of the tower.
         fetch: Gets what is at an address; default `Fetcher`.
@@ -116,6 +119,8 @@ class ImageReader:
         *,
         allow_remote: bool = False,
         device: torch.device | str = "cpu",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        home: Path | None = None,
         store: ImageStore | None = None,
         is_told_to_stop: Callable[[], bool] = lambda: False,
         fetch: Fetch | None = None,
@@ -126,6 +131,8 @@ class ImageReader:
         self._tokenizer = tokenizer
         self._fetch = fetch or (Fetcher() if allow_remote else None)
         self._device = torch.device(device)
+        self._precision = precision
+        self._home = home
         self._store = store
         self._is_told_to_stop = is_told_to_stop
         self._tower: VisionTower | None = None
@@ -184,7 +191,9 @@ class ImageReader:
         picture = open_image(data)
         _check(picture)
         if self._tower is None:
-            self._tower = load_tower(self._checkpoint, device=self._device)
+            self._tower = load_tower(
+                self._checkpoint, device=self._device, precision=self._precision, home=self._home
+            )
             assert self._tower is not None, "the model sees"
         image = prepare(self._tower, picture, is_low=is_low)
         token_ids = image_ids(self._tokenizer, image)
@@ -193,8 +202,9 @@ class ImageReader:
             if self._is_told_to_stop():
                 raise EngineStoppedError("The training was told to stop.")
             values = self._tower.encode(image, self._is_told_to_stop)
-            # On a GPU the tower computes in bf16: nothing is lost, and half of the room is saved.
-            self._store.keep(seen, values if self._device.type == "cpu" else values.bfloat16())
+            # A GPU's are of bf16, if nobody wants them otherwise: nothing is lost, and half of the room is saved.
+            is_bf16 = self._device.type != "cpu" and self._precision != "fp32"
+            self._store.keep(seen, values.bfloat16() if is_bf16 else values)
         return seen
 
     def _fetched(self, url: str) -> bytes:

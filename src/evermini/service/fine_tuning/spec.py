@@ -87,7 +87,8 @@ class TuningOptions(WireModel):
             weights; ``None``: train all epochs.
         rank: Of the adapter's matrices.
         precision: Of the frozen base and of what is computed with it. ``auto``: bf16 on GPUs and on CPUs that multiply
-            in it, fp32 on others. The adapter is fp32 in either case.
+            in it, fp32 on others; what looks at images is as precise as where it serves. The adapter is fp32 in either
+            case.
         quantize: Keep the base in four bits while training (QLoRA); needs a GPU.
     """
 
