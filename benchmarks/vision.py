@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, median
@@ -53,6 +53,8 @@ GISTS = {
     "financebench_id_01275": r"operating",
 }
 """What the answer to a question about a report must match, whatever else it says."""
+REPORT_KINDS = ("page_read", "page_cited", "page_named", "right")
+"""A page that the question needs was read; an answer's words were found on it; the answer names a page; it is right."""
 PAGE_TEXTS = {
     "page.png": "Region-based segmentation Let us first determine markers of the coins and the background. These "
     "markers are pixels that we can label unambiguously as either object or background. Here, the markers are found "
@@ -303,10 +305,9 @@ def reports(client: openai.OpenAI, perception: Perception, given: argparse.Names
                 extra_body={"x_evermini": {"why": True, "reading": "recall"}},
             )
             said = answer.choices[0].message.content or ""
-            spans = answer.to_dict()["x_evermini"]["recall"]["spans"]  # type: ignore[index]
-            read = {
-                p for s in spans if s["included"] for p in range(s["pages"][0], s["pages"][1] + 1)
-            }
+            recall = answer.to_dict()["x_evermini"]["recall"]  # type: ignore[index]
+            read = pages_of(span for span in recall["spans"] if span["included"])
+            cited = pages_of(recall["citations"])
             gold = {evidence["evidence_page_num"] + 1 for evidence in item["evidence"]}
             named = {int(n) for n in re.findall(r"pages?\s+(\d+)", said, re.I)}
             rows.append(
@@ -317,7 +318,9 @@ def reports(client: openai.OpenAI, perception: Perception, given: argparse.Names
                     "said": said,
                     "pages_needed": sorted(gold),
                     "pages_read": sorted(read),
+                    "pages_cited": sorted(cited),
                     "page_read": bool(gold & read),
+                    "page_cited": bool(gold & cited),
                     "page_named": bool(named & read),
                     "right": bool(re.search(GISTS[item["financebench_id"]], said, re.I | re.S)),
                     "tokens": answer.usage.prompt_tokens if answer.usage else 0,
@@ -327,9 +330,14 @@ def reports(client: openai.OpenAI, perception: Perception, given: argparse.Names
             print(rows[-1], flush=True)
     summary = {
         "questions": len(rows),
-        **{kind: sum(row[kind] for row in rows) for kind in ("page_read", "page_named", "right")},
+        **{kind: sum(row[kind] for row in rows) for kind in REPORT_KINDS},
     }
     return {"summary": summary, "rows": rows}
+
+
+def pages_of(places: Iterable[dict[str, Any]]) -> set[int]:
+    """Return the pages of passages or citations."""
+    return {page for at in places for page in range(at["pages"][0], at["pages"][1] + 1)}
 
 
 # Latency

@@ -51,6 +51,16 @@ def test_names_and_runs_of_words_are_cited_whatever_their_case():
     assert only("It bought CURRENT HEALTH in May.").quote == "Current Health"
 
 
+def test_a_name_that_stands_in_few_places_is_enough():
+    text = "However, the parrot was seen.\nIts name is Biscuit. The ship is the Tern."
+    found = cite("However, it was Biscuit.", shown(text), "What is the parrot called?")
+    assert [one.quote for one in found] == ["Biscuit"]
+    assert (
+        cite("Biscuit", shown(text.replace("Biscuit", "Biscuit, Biscuit, Biscuit, Biscuit")), "")
+        == []
+    )
+
+
 @pytest.mark.parametrize(
     ("answer", "question"),
     [

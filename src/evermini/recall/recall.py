@@ -378,7 +378,7 @@ class Recall:
         policy: Policy,
     ) -> _Asked | None:
         """Rank the passages; ``None`` if there are none, or nothing is asked."""
-        scan = self._scan(opened)
+        scan = self._scan(segments, opened)
         ids, char_starts = tokenize(self._tokenizer, Segment(question))
         if not len(ids) or not scan.num_blocks:
             return None
@@ -395,7 +395,7 @@ class Recall:
         ranking = scan.rank(blocks, hashes, policy, [segment.text for segment in segments])
         return _Asked(scan, ranking, began, queried)
 
-    def _scan(self, opened: Sequence[IndexedSegment]) -> ContextScan:
+    def _scan(self, segments: Sequence[Segment], opened: Sequence[IndexedSegment]) -> ContextScan:
         """Return the context's keys and words for one question; those of the last few contexts are kept."""
         context = tuple(segment.digest for segment in opened)
         with self._open_lock:
@@ -403,7 +403,7 @@ class Recall:
             if kept is not None and all(map(operator.is_, kept.segments, opened)):
                 self._scans.move_to_end(context)
                 return kept.for_question()
-        made = ContextScan(self.calibration, opened)
+        made = ContextScan(self.calibration, opened, segments)
         with self._open_lock:
             self._scans[context] = made
             while len(self._scans) > _MAX_SCANS:

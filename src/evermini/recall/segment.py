@@ -108,6 +108,11 @@ class Segment:
             at = self.text.find(_PAGE_TAG, at + 1)
         return found
 
+    @property
+    def page_starts(self) -> list[int]:
+        """The character of `text` at which each page's mark stands."""
+        return [at for at, _ in self._pages]
+
     def page_of(self, char: int) -> int | None:
         """Return the page of a character of `text`, or ``None`` if it lies on none."""
         before = bisect_right(self._pages, (char, sys.maxsize))

@@ -2,7 +2,8 @@
 
 score   per retrieval head: softmax of the question's queries over *all* keys, per block, averaged over the question's
         tokens by how rare their words are, minus the same for the null question; summed over heads; a passage has its
-        best block's. To that, BM25 of the question's words; each divided by its best.
+        best block's. To that, BM25 of the question's words; each divided by its best; and in texts of pages what
+        the page's title gets (`evermini.recall.titles`)
 follow  the best passage's rarest words that stand elsewhere, too, by BM25: the second fact of a chain shares a name
         with the first, not with the question
 link    from the sentence that has most of the question's words, by its rare names, to the passage that shares them, and
@@ -26,9 +27,10 @@ from torch import Tensor
 from evermini.recall.calibration import Calibration
 from evermini.recall.definitions import Definition
 from evermini.recall.scan import BLOCK, KeyRun, weighted_mass
-from evermini.recall.segment import Ids
+from evermini.recall.segment import Ids, Segment
 from evermini.recall.sentences import hashes, names, sentences, weight_of
 from evermini.recall.store import IndexedSegment
+from evermini.recall.titles import PageTitles
 from evermini.recall.words import PassageWords, word_hash, words
 
 NULL_QUESTION = "N/A"
@@ -87,7 +89,7 @@ class Ranking:
 
     Attributes:
         blocks: (num_blocks,) the heads' vote; at most the number of heads.
-        direct: (num_passages,) from the question itself; the best at most 2.
+        direct: (num_passages,) from the question itself; the best at most 2, in texts of pages 3.
         total: (num_passages,) with what following gives.
         hops: Of each step, the words (by hash) that are looked for, with weights: the question's, then those of each
             passage that is followed.
@@ -110,11 +112,18 @@ class ContextScan:
     Args:
         calibration: The index's.
         segments: The context, in order; all complete.
+        texts: What they are the index of.
     """
 
-    def __init__(self, calibration: Calibration, segments: Sequence[IndexedSegment]) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        segments: Sequence[IndexedSegment],
+        texts: Sequence[Segment],
+    ) -> None:
         self.calibration = calibration
         self.segments = list(segments)
+        self._titles = PageTitles(texts, [_passage_ends(segment) for segment in segments])
         self.words = PassageWords([segment.words for segment in segments])
         self.first_blocks = np.cumsum([0, *(len(s.blocks) for s in segments)]).tolist()
         self.first_passages = np.cumsum([0, *(len(s.passages) for s in segments)]).tolist()
@@ -173,6 +182,9 @@ class ContextScan:
         asked = dict.fromkeys(question, 1.0)
         direct = _relative(heads) + _relative(torch.from_numpy(self.words.score(asked)))
         wanted = {word: min(self.words.rarity(word), _FULL_RARITY) for word in asked}
+        by_title = self._titles.score(wanted)
+        if by_title is not None:
+            direct = direct + torch.from_numpy(by_title)
         best = int(direct.argmax())
         peak = float(direct[best])
         if not policy.follow or peak <= 0:
@@ -279,6 +291,12 @@ class ContextScan:
     def segment_blocks(self, segment: int) -> range:
         """Return a segment's blocks."""
         return range(self.first_blocks[segment], self.first_blocks[segment + 1])
+
+
+def _passage_ends(segment: IndexedSegment) -> Ids:
+    """Return the character past the end of each passage."""
+    ends = np.append(segment.passages[1:], len(segment.ids)).astype(np.int64)
+    return segment.char_starts[ends]
 
 
 def _range(starts: Ids, number: int, segment: IndexedSegment) -> tuple[int, int]:

@@ -38,7 +38,7 @@ from evermini.recall.segment import Ids, Segment
 from evermini.recall.words import WordIndex, index_words
 
 _TOKENS = struct.Struct("<8sQIIII")  # magic, tokens, bytes of preview, of words, passages, crc32
-_TOKENS_MAGIC = b"EVRTOK2\0"
+_TOKENS_MAGIC = b"EVRTOK3\0"
 _RECORD = struct.Struct("<8sIII44x")  # magic, chunk, tokens, crc32
 _RECORD_MAGIC = b"EVRKEY1\0"
 _PREVIEW_CHARS = 120

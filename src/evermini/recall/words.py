@@ -24,6 +24,8 @@ K1, B = 1.5, 0.75
 """BM25's constants: how soon a word's repetitions stop counting, and how much a passage's length does."""
 _STEM = 6
 """Letters of a word that count: endings do not."""
+_PLURAL = re.compile(r"[^\W\d_]{2}[^\W\d_siu]s$")
+"""A short word in the plural: sheets, flows, costs; not class, bus, this."""
 
 _WORD = re.compile(r"\w+")
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_a-zA-Z]+")
@@ -44,7 +46,7 @@ def words(text: str) -> list[tuple[int, int, str]]:
             continue
         low = word.lower()
         if low.isalpha():
-            found.append((start, end, low[:_STEM]))
+            found.append((start, end, _stem(low)))
             if word not in (low, low.capitalize(), word.upper()):  # camelCase
                 found += _parts(start, word)
             continue
@@ -56,10 +58,17 @@ def words(text: str) -> list[tuple[int, int, str]]:
 
 def _parts(start: int, word: str) -> list[tuple[int, int, str]]:
     return [
-        (start + m.start(), start + m.end(), m[0].lower()[:_STEM])
+        (start + m.start(), start + m.end(), _stem(m[0].lower()))
         for m in _PART.finditer(word)
         if len(m[0]) > 1
     ]
+
+
+def _stem(word: str) -> str:
+    """Return a lower-case word without its ending; of a short one, without the plural's s."""
+    if len(word) <= _STEM and _PLURAL.search(word):
+        return word[:-1]
+    return word[:_STEM]
 
 
 def word_hash(word: str) -> int:

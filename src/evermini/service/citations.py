@@ -5,8 +5,8 @@
     citations   characters 0-35 of the answer: report.pdf, page 52, line 2034
 
 A citation says that a run of the answer's words stands in an excerpt that the model read, word for word but for case,
-spaces and punctuation. It is made for runs that tell something: a number of three digits or more that is no year, or
-several words, that are not in the question. It does not say that the answer is right.
+spaces and punctuation. It is made for runs that tell something and are not in the question: a number of three digits or
+more that is no year, a name that stands in few places, or several words. It does not say that the answer is right.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from evermini.recall.segment import Segment
 
@@ -26,8 +26,12 @@ _NUMBER, _NAME, _WORD = 3.0, 1.5, 1.0
 """What a number, a word with a capital letter and another word of four letters or more tell."""
 _TELLING = 3.0
 """A run that tells less is not cited: such words stand together anywhere."""
+_FEW = 3
+"""A name that stands in at most so many places tells enough by itself."""
 _AROUND = 16
 """Words of an excerpt, before and after a run, that are compared with the answer's sentence: which of equal runs?"""
+_BEFORE = " \t\"'(\u201c\u2018*-"
+"""What may stand between a sentence's end and the first word of the next."""
 _MAX_CHARACTERS = 20_000
 """Of an answer; the rest is not compared."""
 
@@ -86,10 +90,23 @@ class Citation:
 
 @dataclass(frozen=True)
 class _Token:
+    """A word or number.
+
+    Attributes:
+        text: In lower case, without separators of thousands.
+        start: Its first character.
+        end: And the one past its end.
+        is_capital: It is written with a capital letter.
+        is_name: And not since it begins a sentence or line.
+        tells: How much it tells.
+    """
+
     text: str
     start: int
     end: int
-    tells: float
+    is_capital: bool
+    is_name: bool
+    tells: float = 0.0
 
 
 def cite(answer: str, shown: Sequence[Shown], question: str) -> list[Citation]:
@@ -103,12 +120,15 @@ def cite(answer: str, shown: Sequence[Shown], question: str) -> list[Citation]:
     answer = answer[:_MAX_CHARACTERS]
     about = _tokens(question)
     asked = {token.text for token in about}
-    said = _tokens(answer, known=asked)
     read = [_tokens(one.segment.text[one.start : one.end]) for one in shown]
     places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, tokens in enumerate(read):
         for at, token in enumerate(tokens):
             places[token.text].append((number, at))
+    named = {token.text for tokens in read for token in tokens if token.is_name}
+    plain = {token.text for tokens in read for token in tokens if not token.is_capital}
+    names = {name for name in named - plain if len(places[name]) <= _FEW}
+    said = [replace(token, tells=_told(token, asked, names)) for token in _tokens(answer)]
     wanted = [words | _telling(about) for words in _sentences(answer, said)]
     found: list[Citation] = []
     at = 0
@@ -150,22 +170,43 @@ def _citation(said: tuple[int, int], one: Shown, read: tuple[int, int]) -> Citat
     )
 
 
-def _tokens(text: str, known: Collection[str] = ()) -> list[_Token]:
-    """Return a text's words and numbers; ``known`` ones tell nothing."""
+def _tokens(text: str) -> list[_Token]:
+    """Return a text's words and numbers."""
     found: list[_Token] = []
     for match in _TOKEN.finditer(text):
-        token = match[0].replace(",", "").casefold()
-        tells = 0.0 if token in known else _tells(match[0], token)
-        found.append(_Token(token, match.start(), match.end(), tells))
+        is_capital = match[0][0].isalpha() and not match[0].islower()
+        is_name = is_capital and not _begins(text, match.start())
+        found.append(
+            _Token(
+                match[0].replace(",", "").casefold(),
+                match.start(),
+                match.end(),
+                is_capital,
+                is_name,
+            )
+        )
     return found
 
 
-def _tells(written: str, token: str) -> float:
-    if token[0].isdigit():
-        return _NUMBER if len(token) > 2 and not _YEAR.fullmatch(token) else 0.0
-    if len(token) < 4:
+def _begins(text: str, at: int) -> bool:
+    """Return whether a sentence or line begins with the word at ``at``."""
+    while at and text[at - 1] in _BEFORE:
+        at -= 1
+    return not at or text[at - 1] in ".!?:;\n|"
+
+
+def _told(token: _Token, asked: Collection[str], names: Collection[str]) -> float:
+    """Return how much a word of an answer tells."""
+    if token.text in asked:
         return 0.0
-    return _WORD if written.islower() else _NAME
+    if token.text[0].isdigit():
+        is_plain = len(token.text) < 3 or _YEAR.fullmatch(token.text)
+        return 0.0 if is_plain else _NUMBER
+    if len(token.text) < 4:
+        return 0.0
+    if token.is_capital and token.text in names:
+        return _TELLING
+    return _NAME if token.is_capital else _WORD
 
 
 def _length(said: Sequence[_Token], at: int, read: Sequence[_Token], place: int) -> int:
