@@ -65,8 +65,8 @@ class PageTitles:
         share = sum(asked[word] for word in self._known[best] if word in asked) / total
         if found[best] <= 0 or share <= 0:
             return None
-        by_title = found / found[best] * np.float32(min(1.0, _CLEAR * share))
-        return by_title[self._title_of]
+        by_title: Floats = found / found[best] * np.float32(min(1.0, _CLEAR * share))
+        return np.asarray(by_title[self._title_of])
 
 
 def _title(text: str, start: int) -> str:
