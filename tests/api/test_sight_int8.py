@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,12 +67,15 @@ class Stuck:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun, self.left = threading.Event(), threading.Event()
         self._let_go = threading.Event()
+        self.niceness: int | None = None
         self._encode = VisionTower.encode
         monkeypatch.setattr(VisionTower, "encode", lambda *args: self._wait(*args))
 
     def _wait(
         self, tower: VisionTower, image: TowerInput, is_abandoned: Callable[[], bool]
     ) -> torch.Tensor:
+        if hasattr(os, "getpriority"):
+            self.niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         self.begun.set()
         while not self._let_go.wait(0.01):
             if is_abandoned():
@@ -155,6 +160,8 @@ def test_texts_and_known_images_do_not_wait_for_another_image(
     asked = threading.Thread(target=lambda: answers.append(server.ask(QUESTION, picture(83))))
     asked.start()
     assert stuck.begun.wait(SECONDS)
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        assert stuck.niceness == min(19, os.getpriority(os.PRIO_PROCESS, os.getpid()) + 10)
     assert server.ask(QUESTION).usage.completion_tokens
     assert server.ask("Another question?", PHOTO).usage.completion_tokens
     with pytest.raises(openai.BadRequestError):
