@@ -77,6 +77,7 @@ def test_it_learns_to_tell_two_images_apart(client: openai.OpenAI) -> None:
     losses = [event.data["train_loss"] for event in events if event.type == "metrics"]
     print(f"loss from {losses[-1]:.3f} to {losses[0]:.3f}")
     assert losses[0] < losses[-1] / 10  # the newest come first
+    assert any(event.message.startswith("Looking at the images") for event in events)
     (checked,) = (event for event in events if event.message.startswith("Files validated"))
     assert checked.data["num_images"] == 8
     assert job.trained_tokens == checked.data["num_tokens"] * 8

@@ -151,7 +151,7 @@ def test_doctor_asks_upstream_engines(evermini, home, monkeypatch):
         assert result.code == 0
         told = json.loads(result.out)["upstreams"]
         assert told == [
-            {"name": "q", "url": url, "model": "org/q", "window": 32768, "images": False}
+            {"name": "q", "url": url, "model": "org/q", "window": 32768, "images": None}
         ]
         assert "runs org/q: window 32,768" in evermini("doctor", "--model", f"q={url}").out
     result = evermini("doctor", "--model", f"q={url}")

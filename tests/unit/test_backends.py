@@ -125,10 +125,11 @@ UNDERSTANDS = {"has_image_understanding": True}
         ({"owned_by": "sglang"}, None, {"/model_info": {"has_image_understanding": False}}, {}, False),
         ({"owned_by": "library"}, None, {"/api/show": {"capabilities": ["completion", "vision"]}}, {}, True),
         ({"owned_by": "library"}, None, {"/api/show": {"capabilities": ["completion"]}}, {}, False),
-        ({"owned_by": "vllm", "max_model_len": 9}, None, {}, {}, False),
+        ({"owned_by": "vllm", "max_model_len": 9}, None, {}, {}, None),
         ({"owned_by": "vllm", "max_model_len": 9}, None, {}, {"images": True}, True),
         ({"input_modalities": ["text", "image"]}, None, {}, {"images": False}, False),
-        ({}, None, {}, {}, False),
+        ({}, None, {}, {}, None),
+        ({}, SLOTS, {}, {}, None),
     ],
 )  # fmt: skip
 async def test_an_engine_tells_whether_its_model_sees(entry, props, told, spec, sees):
@@ -136,7 +137,7 @@ async def test_an_engine_tells_whether_its_model_sees(entry, props, told, spec, 
         engine.models, engine.props, engine.told = [{"id": "a", **entry}], props, told
         found = await discover(UpstreamClient(url, timeout=5), UpstreamSpec("mini", url, **spec))
         asked = {path for path, _, _ in engine.asked}
-    assert found.sees == sees
+    assert found.sees is sees
     if entry.get("owned_by") == "vllm":
         assert asked == {"/v1/models"}  # which tells no more, so nothing is tried
 

@@ -28,12 +28,12 @@ class Found:
     Attributes:
         model: Its name for the model.
         window: Tokens of prompt and answer together; ``None``: it does not say.
-        sees: Its model looks at images; false also if it does not say.
+        sees: Its model looks at images; ``None``: it does not say.
     """
 
     model: str
     window: int | None
-    sees: bool = False
+    sees: bool | None = None
 
 
 async def discover(client: UpstreamClient, spec: UpstreamSpec) -> Found:
@@ -94,20 +94,26 @@ def _told_by_props(entry: dict[str, Any]) -> bool:
     return "input_modalities" not in entry and entry.get("owned_by") not in ("vllm", "sglang")
 
 
-async def _sees(client: UpstreamClient, entry: dict[str, Any], props: dict[str, Any]) -> bool:
-    """Return whether the model looks at images, as far as the engine tells."""
+async def _sees(
+    client: UpstreamClient, entry: dict[str, Any], props: dict[str, Any]
+) -> bool | None:
+    """Return whether the model looks at images; ``None``: the engine does not say."""
     if isinstance(kinds := entry.get("input_modalities"), list):
         return "image" in kinds
     if isinstance(kinds := props.get("modalities"), dict):
-        return kinds.get("vision") is True
+        return _yes_or_no(kinds.get("vision"))
     if entry.get("owned_by") == "sglang":
         told = await _told(client, "/model_info") or await _told(client, "/get_model_info")
-        return told.get("has_image_understanding") is True
+        return _yes_or_no(told.get("has_image_understanding"))
     if props or not _told_by_props(entry):
-        return False
+        return None
     told = await _told(client, "/api/show", asking={"model": entry["id"]})
     capabilities = told.get("capabilities")
-    return isinstance(capabilities, list) and "vision" in capabilities
+    return "vision" in capabilities if isinstance(capabilities, list) else None
+
+
+def _yes_or_no(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 async def _told(

@@ -282,10 +282,14 @@ def _print(report: dict[str, Any]) -> None:
                 window = (
                     f"window {upstream['window']:,}" if upstream["window"] else "window not known"
                 )
-                images = ", images as they are" if upstream["images"] else ", images as text"
+                images = {
+                    True: "as they are",
+                    False: "as text",
+                    None: "as text: it does not say if it sees",
+                }[upstream["images"]]
                 line(
                     upstream["name"],
-                    f"{upstream['url']} runs {upstream['model']}: {window}{images}",
+                    f"{upstream['url']} runs {upstream['model']}: {window}, images {images}",
                 )
     for problem in report["problems"]:
         console.print(

@@ -7,6 +7,7 @@ and it ends at once: whoever comes next goes on from the last checkpoint.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -28,6 +29,8 @@ from evermini.tuning.images import ImageReader, ImageStore
 from evermini.tuning.reports import Reporter
 
 NICE = 10
+IMAGES_SECONDS = 60.0
+"""How often it is told how many images are computed."""
 
 
 def main() -> int:
@@ -76,7 +79,7 @@ def _run(what: str, folder: Path, reporter: Reporter, stop: threading.Event) -> 
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     try:
-        training, validation = _read(spec, folder, checkpoint, store, stop)
+        training, validation = _read(spec, folder, checkpoint, store, stop, reporter)
     except EngineStoppedError:
         reporter.send("stopped", step=0)
         sys.exit(1)  # others that train with this process are ended by accelerate for that
@@ -101,6 +104,7 @@ def _read(
     checkpoint: Checkpoint,
     store: ImageStore | None,
     stop: threading.Event,
+    reporter: Reporter,
 ) -> tuple[Data, Data | None]:
     """Read the files; with a ``store``, their images are embedded into it.
 
@@ -110,6 +114,14 @@ def _read(
     tokenizer = Tokenizer(checkpoint.tokenizer)
     template = ChatTemplate(tokenizer)
     window = checkpoint.config.max_position
+    told = -math.inf
+
+    def progress(done: int) -> None:
+        nonlocal told
+        if os.environ.get("LOCAL_RANK", "0") == "0" and time.monotonic() - told > IMAGES_SECONDS:
+            told = time.monotonic()
+            reporter.send("images", done=done)
+
     images = ImageReader(
         checkpoint,
         tokenizer,
@@ -119,6 +131,7 @@ def _read(
         home=Path(spec.home),
         store=store,
         is_told_to_stop=stop.is_set,
+        progress=progress,
     )
     training = read_data(folder / TRAINING, spec.method, template, window, images=images)
     validation = None

@@ -108,7 +108,8 @@ class ImageReader:
         precision: ...and how precisely, as for `evermini.vision.tower.load_tower`.
         home: Folder of all caches, where its packed weights are kept.
         store: Where embeddings are kept; ``None``: images are opened and counted only.
-        is_told_to_stop: Asked before each layer of the tower.
+        is_told_to_stop: Asked before each piece of the tower's work.
+        progress: Told, before an image is embedded, how many were before it.
         fetch: Gets what is at an address; default `Fetcher`.
     """
 
@@ -123,6 +124,7 @@ class ImageReader:
         home: Path | None = None,
         store: ImageStore | None = None,
         is_told_to_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int], None] = lambda done: None,
         fetch: Fetch | None = None,
     ) -> None:
         self.sees = checkpoint.vision is not None
@@ -135,6 +137,8 @@ class ImageReader:
         self._home = home
         self._store = store
         self._is_told_to_stop = is_told_to_stop
+        self._progress = progress
+        self._num_embedded = 0
         self._tower: VisionTower | None = None
         self._known: OrderedDict[bytes, Seen] = OrderedDict()
 
@@ -201,7 +205,9 @@ class ImageReader:
         if self._store is not None and _is_mine(key):
             if self._is_told_to_stop():
                 raise EngineStoppedError("The training was told to stop.")
+            self._progress(self._num_embedded)
             values = self._tower.encode(image, self._is_told_to_stop)
+            self._num_embedded += 1
             # A GPU's are of bf16, if nobody wants them otherwise: nothing is lost, and half of the room is saved.
             is_bf16 = self._device.type != "cpu" and self._precision != "fp32"
             self._store.keep(seen, values.bfloat16() if is_bf16 else values)

@@ -2,6 +2,7 @@
 
 {"type": "checked", "data": {...}}            the files are good; counts, and hyperparameters without auto
 {"type": "invalid", "param": "training_file", "count": 2, "errors": [...]}
+{"type": "images", "done": 512}               so many of the files' images are computed
 {"type": "started", "step": 0, "num_steps": 120, ...}
 {"type": "metrics", "step": 1, "metrics": {"train_loss": 2.31, ...}, "seconds_left": 311.0}
 {"type": "checkpoint", "step": 40, "metrics": {...}}     an adapter lies in adapters/step-40

@@ -250,6 +250,10 @@ class TuningWorker:
                 words = f"Fine-tuning job resumed after step {step}" if step else None
                 event = new_event(words or "Fine-tuning job started")
                 await self._database.run(self._store.started, attempt.job, step, event)
+            case "images":
+                words = f"Looking at the images of the files: {report['done']} done"
+                event = new_event(words)
+                await self._database.run(self._store.progress, attempt.job, [event], None)
             case "metrics":
                 attempt.note(report)
                 if self._gauges is not None:

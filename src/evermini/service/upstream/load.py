@@ -43,6 +43,13 @@ def load_upstream(
     """
     served = connect(spec, settings)
     found = served.look()
+    if found is not None and found.sees is None:
+        log.warning(
+            "%s at %s does not say whether its model looks at images: it gets the text that is read of them. Say it "
+            "(?images=yes or ?images=no).",
+            spec.name,
+            spec.url,
+        )
     if settings.recall and _needs_reader(spec, found):
         index = load_index(settings, progress=progress)
         served.reader = LongReader(

@@ -74,7 +74,7 @@ class UpstreamModel:
     def info(self) -> ModelInfo:
         """What clients may know of it."""
         found = self._found
-        info = replace(self._info, sees=found is not None and found.sees)
+        info = replace(self._info, sees=found is not None and bool(found.sees))
         if self.reader is not None:
             return replace(info, context_window=self.reader.max_prompt_tokens)
         return replace(info, context_window=found.window if found else None)
