@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from evermini.llm import AnswerStream
     from evermini.recall.recall import Progress
-    from evermini.service.sweep import Swept
+    from evermini.service.swept import Swept
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def reading_bar() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    from evermini.service.sweep import SweepProgress
+    from evermini.service.swept import SweepProgress
 
     bars = Bars(
         TextColumn("{task.fields[stage]}"),

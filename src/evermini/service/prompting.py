@@ -17,7 +17,8 @@ from evermini.service.rendering import encode
 from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest
 from evermini.service.sight import Place, Sight, images_of, place
-from evermini.service.sweep import Sweep, Swept
+from evermini.service.sweep import Sweep
+from evermini.service.swept import Swept
 from evermini.service.upstream.forward import images_in
 from evermini.service.upstream.model import UpstreamModel
 from evermini.service.upstream.prompting import count_with_images

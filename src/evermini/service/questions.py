@@ -88,6 +88,32 @@ def singular(word: str) -> str:
     return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
 
 
+_SUMMARY = re.compile(
+    r"\b(?:summar\w*|synopsis|overview|outline|abstract|recap|digest|gist|tl;?\s?dr|in a nutshell|sum up|condense|"
+    r"shorten|abridge|key points|main (?:points|ideas))\b|\b(?:short|brief|condensed|abridged)(?:er)? version\b|"
+    r"\bwhat (?:is|are|'s) (?:this|these|the|it|they)\b[^?]*\babout\b",
+    re.I,
+)
+
+
+_SHAPED = re.compile(
+    r"\b(?:sentences?|paragraphs?|words?|lines?|bullet\w*|points?|table|json|yaml|xml|csv|list|markdown|haiku|poem|"
+    r"tweet|e?mail|letter|headline|title|abstract|briefly|short(?:er|ly)?|brief|nutshell|tl;?\s?dr|as an?|"
+    r"in the (?:style|form))\b",
+    re.I,
+)
+
+
+def has_shape(question: str) -> bool:
+    """Return whether a question says what the answer looks like."""
+    return _SHAPED.search(question) is not None
+
+
+def wants_summary(question: str) -> bool:
+    """Return whether a question wants to know what a text says: every part of it then has something to add."""
+    return _SUMMARY.search(question) is not None
+
+
 _FOLLOW_UP = re.compile(
     r"^\W*(?:and|but|or|so|then|also|what about|how about|why|when|where|which one|who else|what else)\b|"
     r"\b(?:he|she|it|they|him|her|them|his|hers|its|their|theirs|ones|else|former|latter)\b|"

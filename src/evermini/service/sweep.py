@@ -11,7 +11,7 @@ tally     "which words are most common", "how often is Anna mentioned": counted 
 check     "how many reviews are negative", "which emails complain", of a text that is a list: each record is asked about
           by itself, with two possible answers, and the answers are counted in code
 collect   "list every person", "how many cities are named": each window gives the items it has; code joins and counts
-note      anything else: each window gives notes; notes that are too long together are shortened, in groups
+note      anything else: each window gives notes; notes that are too long together are shortened (`sweep_notes`)
 
 A small model can read one record, or copy what it sees; it can neither count nor keep a list over a long text. So these
 are done in code. Every character is read exactly once (`windows`), and a window that fails fails the request.
@@ -24,14 +24,17 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
-from evermini.recall.recall import Progress
 from evermini.service import sweep_prompts as prompts
 from evermini.service.assembly import Plan, texts
-from evermini.service.generation import Usage
 from evermini.service.mapping import Asker, Messages, all_of
-from evermini.service.questions import DOCUMENT_NOUNS, RECORD_NOUNS, wanted
+from evermini.service.questions import (
+    DOCUMENT_NOUNS,
+    RECORD_NOUNS,
+    has_shape,
+    wanted,
+    wants_summary,
+)
 from evermini.service.reading import LongReader, OnProgress
 from evermini.service.schemas import ChatRequest
 from evermini.service.sweep_forms import (
@@ -42,6 +45,18 @@ from evermini.service.sweep_forms import (
     Question,
     QuestionWithAnswers,
 )
+from evermini.service.sweep_notes import (
+    Note,
+    NoteTaker,
+    beginning,
+    is_nothing,
+    opening,
+    sentences,
+    tidy,
+    whole_sentences,
+    without_repeats,
+)
+from evermini.service.swept import SweepProgress, Swept, Task
 from evermini.service.tally import Tally, tally_of
 from evermini.service.windows import Part, Window, records, windows
 
@@ -56,67 +71,10 @@ _MAX_NOTE = 160
 _SMALLEST_WINDOW = 128
 """A window is not halved below this when its items exceed a reply."""
 _SHOWN_CHARS = 80
-_BEFORE_FIGURE = 120
-"""Characters of an answer in which the figure that was asked for must come."""
-
-Task = Literal["tally", "check", "collect", "note"]
-
-
-@dataclass(frozen=True)
-class SweepProgress(Progress):
-    """How far a sweep is, in tokens of the text."""
-
-
-@dataclass(frozen=True)
-class Swept:
-    """A prompt that fits, made by reading all of one that does not.
-
-    Attributes:
-        prompt: What the engine computes.
-        texts: The same before the chat template, by message.
-        full_tokens: Tokens that were sent.
-        task: How it was read.
-        question: What was asked of each window; of a record, with its two answers.
-        num_windows: Windows (or records) read by the model.
-        counts: How many records got which answer, or how often words occur.
-        items: What was collected, or the records that have the wanted answer, in order.
-        num_empty: Windows that had nothing to say.
-        num_dropped: Items that were written though the text does not have them; they are left out.
-        num_rounds: Rounds in which notes were shortened.
-        tokens_read: Tokens computed on the way, prompts of all windows together...
-        tokens_written: ...and what was written.
-        seconds: Time for it.
-        figures: Numbers that were computed, the answer first, if the question asks for a number.
-        spent: The tokens of all questions to an upstream engine, as it counts them; ``None``: they were asked here.
-    """
-
-    prompt: Sequence[int]
-    texts: Sequence[str]
-    full_tokens: int
-    task: Task
-    question: str
-    num_windows: int
-    counts: dict[str, int] | None
-    items: tuple[str, ...] | None
-    num_empty: int
-    num_dropped: int
-    num_rounds: int
-    tokens_read: int
-    tokens_written: int
-    seconds: float
-    figures: tuple[int, ...] = ()
-    spent: Usage | None = None
-
-    @property
-    def stated(self) -> str | None:
-        """A regular expression of answers that state the figure, and no other number; ``None`` if none was computed.
-
-        A small model that is told "the result: 59" may still write 60.
-        """
-        if not self.figures:
-            return None
-        first, *_ = every = ["|".join(dict.fromkeys((str(n), f"{n:,}"))) for n in self.figures]
-        return rf"[^0-9]{{0,{_BEFORE_FIGURE}}}({first})([^0-9]+({'|'.join(every)}))*[^0-9]*"
+_MAX_SENTENCES = 3
+"""Of a note that was to have two."""
+_MAX_PARTS = 100
+"""Of more documents than these, an answer need not name each."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +92,7 @@ class _Found:
     num_dropped: int = 0
     num_rounds: int = 0
     figures: tuple[int, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 class Sweep:
@@ -199,6 +158,7 @@ class Sweep:
             tokens_read=self._asker.tokens_read,
             tokens_written=self._asker.tokens_written,
             seconds=time.monotonic() - self._began,
+            parts=found.parts,
             figures=found.figures if not any(map(str.isdigit, "".join(found.lines))) else (),
         )
 
@@ -366,35 +326,76 @@ class Sweep:
     # Notes
 
     async def _note(self) -> _Found:
-        cut = await asyncio.to_thread(windows, self._texts, self._count, self._size(NOTE_TOKENS))
-        self._start(cut)
+        cut = await asyncio.to_thread(self._parts)
+        self._start([window for _, window in cut])
         question = self._plan.question
-        replies = await all_of(
-            self._read(window, prompts.note(self._text(window), question), _MAX_NOTE, None)
-            for window in cut
-        )
-        notes = [_whole_sentences(text, is_cut) for text, is_cut in replies]
-        kept = [text for text in notes if not _is_nothing(text)]
-        num_rounds = 0
-        head = f"[This text was read as a whole, in {len(cut)} parts; these are notes on it, in its order]"
+        is_summary = wants_summary(question)
+        notes: list[Note] = []
+        num_empty = num_dropped = 0
+        for (number, window), text, note in zip(
+            cut,
+            map(self._text, (window for _, window in cut)),
+            await self._notes(cut, is_summary),
+            strict=True,
+        ):
+            written = note
+            kept = tidy(written, text)
+            num_dropped += len(sentences(written)) - len(sentences(kept))
+            if is_nothing(written) or not kept:
+                if not is_summary:
+                    num_empty += 1
+                    continue
+                kept = opening(text)
+            notes.append(Note(self._place(number, window), number, beginning(kept, _MAX_SENTENCES)))
+        taker = NoteTaker(self._asker, question, self._count, self._size(NOTE_TOKENS) // 2)
+        head = f"[This text was read as a whole, in {len(cut)} parts; these are notes on each, in its order]"
         room = self._plan.budget - self._count(head) - 64
-        while len(kept) > 1 and sum(map(self._count, kept)) + 2 * len(kept) > room:
-            num_rounds += 1
-            groups = windows(kept, self._count, self._size(NOTE_TOKENS) // 2)
-            kept = await all_of(self._condense(kept, group) for group in groups)
-        if not kept:
+        kept_notes = without_repeats(await taker.shorten(without_repeats(notes), room))
+        if not kept_notes:
             head = f"[This text was read as a whole, in {len(cut)} parts; it says nothing that helps to answer]"
         return _Found(
-            "note", question, len(cut), head, tuple(kept),
-            num_empty=len(cut) - sum(not _is_nothing(text) for text in notes), num_rounds=num_rounds,
+            "note", question, len(cut), head, tuple(note.line for note in kept_notes),
+            num_empty=num_empty, num_dropped=num_dropped, num_rounds=taker.num_rounds,
+            parts=self._named(kept_notes) if is_summary and not has_shape(question) else (),
         )  # fmt: skip
 
-    async def _condense(self, notes: list[str], group: Window) -> str:
-        text = "\n".join(notes[part.text][part.start : part.end] for part in group.parts)
-        reply = await self._asker.ask(
-            prompts.condense(text, self._plan.question), max_tokens=max(32, group.num_tokens // 2)
-        )
-        return _whole_sentences(reply.text, reply.is_cut)
+    def _named(self, notes: Sequence[Note]) -> tuple[str, ...]:
+        """Return the names of all documents, if there are several and the notes are on one after the other."""
+        names = tuple(dict.fromkeys(note.place for note in notes))
+        is_each = names == tuple(piece.name for piece in self._pieces)
+        return names if is_each and 1 < len(names) <= _MAX_PARTS else ()
+
+    def _parts(self) -> list[tuple[int, Window]]:
+        """Return windows that each are of one text, with its number."""
+        size = self._size(NOTE_TOKENS)
+        return [
+            (number, window)
+            for number, text in enumerate(self._texts)
+            for window in windows(
+                self._texts, self._count, size, ranges=[Part(number, 0, len(text))]
+            )
+        ]
+
+    async def _notes(self, cut: Sequence[tuple[int, Window]], is_summary: bool) -> list[str]:
+        """Return what the model writes of each window."""
+
+        async def write(window: Window) -> str:
+            text = self._text(window)
+            asked = prompts.digest(text) if is_summary else prompts.note(text, self._plan.question)
+            return whole_sentences(*await self._read(window, asked, _MAX_NOTE, None))
+
+        return await all_of(write(window) for _, window in cut)
+
+    def _place(self, number: int, window: Window) -> str:
+        """Return what a window is called in the notes: its document's name, or its lines."""
+        name = self._pieces[number].name
+        if len(self._pieces) > 1:
+            return name if name is not None else f"text {number + 1}"
+        first = (self._plan.heads[number] or self._pieces[number]).first_line
+        text, part = self._texts[number], window.parts[0]
+        begin = first + text.count("\n", 0, part.start)
+        end = begin + text[part.start : part.end].rstrip("\n").count("\n")
+        return f"lines {begin}-{end}"
 
     # All of them
 
@@ -485,19 +486,3 @@ def _is_grounded(item: str, words: set[str]) -> bool:
     """Return whether at least half of an item's words stand in the window it is said to come from."""
     own = _words(item)
     return bool(own) and 2 * sum(word in words for word in own) >= len(own)
-
-
-def _is_nothing(note: str) -> bool:
-    return (
-        re.match(rf"\W*({prompts.NOTHING}|none|n/a)\b.{{0,60}}$", note, re.I | re.S) is not None
-        or not note.strip()
-    )
-
-
-def _whole_sentences(text: str, is_cut: bool) -> str:
-    """Return a note without the sentence that was cut, unless it is the only one."""
-    text = text.strip()
-    if not is_cut:
-        return text
-    ends = [match.end() for match in re.finditer(r"[.!?](?=\s)|\n", text)]
-    return text[: ends[-1]].strip() if ends else text

@@ -136,6 +136,17 @@ def note(text: str, question: str) -> Messages:
     ]
 
 
+def digest(text: str) -> Messages:
+    """Ask for what a part of a text says. No examples: small models tell them as if they stood in the text."""
+    return [
+        _system("You sum up texts in your own words, shortly and exactly."),
+        _user(
+            f"Text:\n\n{text}\n\nWhat is the main point of this text, and what does it give as reasons or examples? "
+            "Answer in two short sentences."
+        ),
+    ]
+
+
 def condense(notes: str, question: str) -> Messages:
     """Ask to shorten notes."""
     return [

@@ -23,7 +23,7 @@ from evermini.service.embedded import Embeddings
 from evermini.service.generation import Usage
 from evermini.service.model_info import ModelInfo
 from evermini.service.schemas import ChatRequest
-from evermini.service.sweep import SweepProgress, Swept
+from evermini.service.swept import SweepProgress, Swept
 from evermini.service.text_answer import TextChoice, TextDelta, TextToken
 
 Json = dict[str, Any]

@@ -130,6 +130,19 @@ def test_a_summary_is_written_from_notes_on_all_windows_in_a_stream_that_tells_h
     assert swept["tokens_read"] > 0.9 * sent
 
 
+def test_a_summary_of_several_documents_has_a_line_on_each(client):
+    texts = {f"{seed}.txt": story(seed=seed, num_lines=12) for seed in (11, 12)}
+    documents = "".join(f'<document name="{n}">\n{t}\n</document>\n\n' for n, t in texts.items())
+    answer = ask(client, documents + "Summarise these stories.", max_completion_tokens=512)
+    assert answer.x_evermini["sweep"]["windows"] == 2
+    assert answer.x_evermini["sweep"]["empty_windows"] == 0
+    first, second = answer.choices[0].message.content.splitlines()
+    assert first.startswith("- 11.txt: ")
+    assert second.startswith("- 12.txt: ")
+    shaped = ask(client, documents + "Summarise these stories in one sentence.")
+    assert not shaped.choices[0].message.content.startswith("- 11.txt: ")
+
+
 def test_auto_reads_all_of_a_text_if_the_question_is_about_all_and_it_is_not_too_long(
     client, served, monkeypatch
 ):
