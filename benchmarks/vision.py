@@ -305,9 +305,9 @@ def reports(client: openai.OpenAI, perception: Perception, given: argparse.Names
                 extra_body={"x_evermini": {"why": True, "reading": "recall"}},
             )
             said = answer.choices[0].message.content or ""
-            recall = answer.to_dict()["x_evermini"]["recall"]  # type: ignore[index]
-            read = pages_of(span for span in recall["spans"] if span["included"])
-            cited = pages_of(recall["citations"])
+            why: Any = answer.to_dict()["x_evermini"]
+            read = pages_of(span for span in why["recall"]["spans"] if span["included"])
+            cited = pages_of(why["citations"])
             gold = {evidence["evidence_page_num"] + 1 for evidence in item["evidence"]}
             named = {int(n) for n in re.findall(r"pages?\s+(\d+)", said, re.I)}
             rows.append(

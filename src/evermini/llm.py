@@ -32,6 +32,7 @@ from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError, UnsupportedParameterError, UpstreamError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
+from evermini.service.citations import Citation
 from evermini.service.directory import load_tuned
 from evermini.service.documents import Documents
 from evermini.service.embedded import Embeddings
@@ -121,6 +122,8 @@ class AnswerStream(Generic[DeltaT]):
         seconds: From the call to the latest delta.
         recalled: The excerpts that a prompt longer than the window was read in; else ``None``.
         swept: How all of a prompt longer than the window was read, if it was; else ``None``.
+        citations: Words of the first choice that stand in what was read of documents; there at its end, if ``why``
+            of ``x_evermini`` is true.
     """
 
     def __init__(
@@ -130,9 +133,11 @@ class AnswerStream(Generic[DeltaT]):
         started: float,
         recalled: Recalled | None = None,
         swept: Swept | None = None,
+        citations: Sequence[Citation] = (),
     ) -> None:
         self.recalled = recalled
         self.swept = swept
+        self.citations = citations
         self.model = llm.info.id
         self.text = ""
         self.finish_reason: str | None = None
@@ -343,7 +348,9 @@ class LLM:
             )
         )
         if stream:
-            return AnswerStream(self, run, started, run.recalled, run.swept)
+            return AnswerStream(
+                self, run, started, run.recalled, run.swept, run.choices[0].citations
+            )
         choices = self._call(run.collect)
         seconds = time.perf_counter() - started
         return Answer(self.info.id, choices, run.usage, seconds, run.recalled, run.swept)

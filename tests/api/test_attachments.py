@@ -142,11 +142,11 @@ def test_a_long_pdf_goes_through_recall_with_its_pages(client: openai.OpenAI):
         max_tokens=16,
         extra_body={"x_evermini": {"why": True, "regex": "It is 4711\\."}},
     )
-    recall = answer.to_dict()["x_evermini"]["recall"]
-    found = [span for span in recall["spans"] if span["included"]]
+    why = answer.to_dict()["x_evermini"]
+    found = [span for span in why["recall"]["spans"] if span["included"]]
     assert {span["source"] for span in found} == {"minutes.pdf"}
     assert any(span["pages"][0] <= 13 <= span["pages"][1] for span in found)
-    (cited,) = recall["citations"]
+    (cited,) = why["citations"]
     assert (cited["quote"], cited["pages"], cited["answer"]) == ("4711", [13, 13], [6, 10])
 
     uploaded = client.files.create(file=("minutes.pdf", make_pdf(pages)), purpose="user_data")
@@ -174,6 +174,30 @@ def test_a_long_pdf_goes_through_recall_with_its_pages(client: openai.OpenAI):
     assert annotation.to_dict()["x_evermini"]["pages"] == [13, 13]
     added = [e for e in events if e.type == "response.output_text.annotation.added"]
     assert [event.annotation.type for event in added] == ["file_citation"]
+
+
+def test_what_is_read_whole_is_cited_too_and_only_if_asked_why(client: openai.OpenAI):
+    part = file_part(make_pdf(["Hello there.", "The mate is called Gherkin."]), "crew.pdf")
+    asked = {
+        "model": MODEL,
+        "messages": [
+            {"role": "user", "content": [part, {"type": "text", "text": "Who is the mate?"}]}
+        ],
+        "max_tokens": 16,
+    }
+    form = {"regex": "It is Gherkin\\."}
+    chunks = list(
+        client.chat.completions.create(
+            **asked, stream=True, extra_body={"x_evermini": {**form, "why": True}}
+        )
+    )
+    last = next(c for c in chunks if c.choices and c.choices[0].finish_reason)
+    why = last.to_dict()["x_evermini"]
+    (cited,) = why["citations"]
+    assert why["reading"] == "dense"
+    assert (cited["source"], cited["pages"], cited["quote"]) == ("crew.pdf", [2, 2], "Gherkin")
+    plain = client.chat.completions.create(**asked, extra_body={"x_evermini": form})
+    assert "x_evermini" not in plain.to_dict()
 
 
 @pytest.mark.parametrize(

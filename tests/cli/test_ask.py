@@ -214,6 +214,7 @@ def test_a_pdf_is_read_with_its_pages(evermini, tmp_path):
     assert "Biscuit" in result.out
     assert "ship.pdf: no text on 1 of 12 pages (4); they may be scans" in result.err
     assert re.search(r"ship\.pdf:\d+(-\d+)?  page (7-)?8(-9)?\b", result.err)
+    assert re.search(r"stand in what was read:\n +ship\.pdf:\d+  page 8  Biscuit", result.err)
 
 
 def test_too_many_tokens_name_the_folders_before_anything_is_read(

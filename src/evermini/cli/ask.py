@@ -156,7 +156,7 @@ def ask(
         "presence_penalty": presence_penalty,
         "frequency_penalty": frequency_penalty,
         "response_format": None if schema is None else _schema_format(schema),
-        "x_evermini": {"reading": reading.value},
+        "x_evermini": {"reading": reading.value, "why": why},
     }
     with naming_images(list(images)):
         _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
@@ -205,7 +205,7 @@ def _answer(
     verbose: bool,
     why: bool,
 ) -> None:
-    from evermini.cli.reading import reading_bar, why_lines
+    from evermini.cli.reading import cited_lines, reading_bar, why_lines
     from evermini.cli.talk import as_json_object, open_llm, speed_line, warn_if_cut
 
     with open_llm(loaded.settings) as llm:
@@ -218,6 +218,6 @@ def _answer(
         print(as_json_object(stream) if as_json else "")
         warn_if_cut(stream.finish_reason, params["max_completion_tokens"])
         if why:
-            print(*why_lines(stream), sep="\n", file=sys.stderr)
+            print(*why_lines(stream), *cited_lines(stream), sep="\n", file=sys.stderr)
         if verbose:
             print(speed_line(stream), file=sys.stderr)

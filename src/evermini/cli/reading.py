@@ -48,12 +48,7 @@ def reading_bar() -> Iterator[Callable[[Progress], None]]:
 
 
 def why_lines(answer: AnswerStream[Any]) -> list[str]:
-    """Return what was read of a long text: a line for each excerpt (score, place), or what a sweep found.
-
-    Then a line for each run of the finished answer's words that stands in an excerpt.
-    """
-    from evermini.service.citations import cite
-
+    """Return what was read of a long text: a line for each excerpt (score, place), or what a sweep found."""
     recalled = answer.recalled
     if answer.swept is not None:
         return _sweep_lines(answer.swept)
@@ -71,10 +66,13 @@ def why_lines(answer: AnswerStream[Any]) -> list[str]:
         page = "" if passage.pages is None else f"  page {_range(*passage.pages)}"
         note = "" if passage.is_included else "  (left out: no room)"
         lines.append(f"{passage.score:7.3f}  {source}:{_range(first, last)}{page}{note}")
-    cited = cite(answer.text, recalled.shown, recalled.question)
-    if cited:
-        lines.append("Words of the answer that stand there:")
-    for one in cited:
+    return lines
+
+
+def cited_lines(answer: AnswerStream[Any]) -> list[str]:
+    """Return a line for each run of the finished answer's words that stands in what was read of documents."""
+    lines = ["Words of the answer that stand in what was read:"] if answer.citations else []
+    for one in answer.citations:
         page = "" if one.pages is None else f"  page {_range(*one.pages)}"
         quote = " ".join(one.quote.split())
         source = one.source or f"message {one.message + 1}"

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from evermini.service.citations import Citation
 from evermini.service.generation import Usage
 from evermini.service.tools import Toolset
 
@@ -80,13 +81,18 @@ class ToolCall:
 
 @dataclass
 class ChatChoice:
-    """One finished answer."""
+    """One finished answer.
+
+    Attributes:
+        citations: Words of it that stand in the documents; there at its end, if the request asks ``why``.
+    """
 
     index: int
     text: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[ScoredText] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    citations: list[Citation] = field(default_factory=list)
 
     def add(self, delta: ChatDelta) -> None:
         """Take the choice's next delta."""

@@ -23,6 +23,7 @@ from evermini.service.answer import (
     finish_reason,
 )
 from evermini.service.calling import new_parser
+from evermini.service.citations import Citation, cite, whole_documents
 from evermini.service.constraints import constrain, constraint_of
 from evermini.service.documents import Documents
 from evermini.service.generation import (
@@ -172,7 +173,10 @@ class ChatRun:
         """
         async with aclosing(self._answer.deltas()) as deltas:
             async for delta in deltas:
-                self.choices[delta.index].add(delta)
+                choice = self.choices[delta.index]
+                choice.add(delta)
+                if delta.finish_reason is not None and self.request.wants_why:
+                    choice.citations += await self._cited(choice.text)
                 yield delta
 
     async def collect(self) -> list[ChatChoice]:
@@ -185,6 +189,17 @@ class ChatRun:
             async for _ in deltas:
                 pass
         return self.choices
+
+    async def _cited(self, text: str) -> list[Citation]:
+        """Return the words of an answer that stand in what was read of documents; a sweep leaves no places."""
+        if self.swept is not None:
+            return []
+        if self.recalled is not None:
+            shown, question = self.recalled.shown, self.recalled.question
+        else:
+            shown, question = whole_documents(self.request.messages)
+        size = sum(one.end - one.start for one in shown)
+        return await tokenise(size, cite, text, shown, question)
 
     @property
     def usage(self) -> Usage:

@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from evermini.recall.segment import Segment
+from evermini.service.messages import Message
+from evermini.service.parts import TIERS, split
 
 _TOKEN = re.compile(r"\d(?:[\d.,]*\d)?|[^\W\d_]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -107,6 +109,19 @@ class _Token:
     is_capital: bool
     is_name: bool
     tells: float = 0.0
+
+
+def whole_documents(messages: Sequence[Message]) -> tuple[tuple[Shown, ...], str]:
+    """Return the documents of a conversation that is read whole, and its question."""
+    parts = split(messages, TIERS[0])
+    shown = []
+    for piece in parts.long:
+        if piece.name is not None:
+            segment = Segment(piece.text, piece.name)
+            shown.append(
+                Shown(segment, 0, len(segment.text), piece.name, piece.message, piece.part)
+            )
+    return tuple(shown), parts.question
 
 
 def cite(answer: str, shown: Sequence[Shown], question: str) -> list[Citation]:

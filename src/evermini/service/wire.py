@@ -17,11 +17,11 @@ from evermini.service.answer import (
     ToolCallDelta,
 )
 from evermini.service.chat import ChatRun, Ticket
-from evermini.service.citations import cite
 from evermini.service.completions import CompletionRun
 from evermini.service.embedded import Embeddings
 from evermini.service.generation import Usage
 from evermini.service.model_info import ModelInfo
+from evermini.service.reading import Recalled
 from evermini.service.schemas import ChatRequest
 from evermini.service.swept import SweepProgress, Swept
 from evermini.service.text_answer import TextChoice, TextDelta, TextToken
@@ -148,72 +148,68 @@ def tool_call(call: ToolCall) -> Json:
 
 
 def why(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
-    """Return how the prompt was read: ``recall`` and ``sweep`` are null if it was read whole.
+    """Return how the prompt was read, and the citations of finished answers.
 
-    Args:
-        run: The completion.
-        choices: Finished answers; what stands in them word for word in what was read is cited.
+    ``recall`` and ``sweep`` are null if it was read whole.
     """
     recalled, swept = run.recalled, run.swept
-    if swept is not None:
-        return {"reading": "sweep", "recall": None, "sweep": _sweep(swept)}
-    if recalled is None:
-        return {"reading": "dense", "recall": None, "sweep": None}
-    found = recalled.selection
     return {
-        "reading": "recall",
-        "recall": {
-            "question": recalled.question,
-            "note": recalled.note,
-            "prompt_tokens_read": len(recalled.prompt),
-            "spans": [
-                {
-                    "score": round(passage.score, 4),
-                    "source": passage.source,
-                    "message": passage.message,
-                    "part": passage.part,
-                    "characters": list(passage.characters),
-                    "lines": list(passage.lines),
-                    "pages": None if passage.pages is None else list(passage.pages),
-                    "included": passage.is_included,
-                }
-                for passage in recalled.passages
-            ],
-            "citations": [
-                {
-                    "choice": choice.index,
-                    "answer": [found.start, found.end],
-                    "quote": found.quote,
-                    "source": found.source,
-                    "message": found.message,
-                    "part": found.part,
-                    "characters": list(found.characters),
-                    "lines": list(found.lines),
-                    "pages": None if found.pages is None else list(found.pages),
-                }
-                for choice in choices
-                for found in cite(choice.text, recalled.shown, recalled.question)
-            ],
-            "rounds": found.rounds,
-            "top_score": round(found.top_score, 4),
-            "spread": round(found.spread, 4),
-            "ingest_seconds": round(recalled.ingest_seconds, 3),
-            "query_seconds": round(found.query_seconds, 3),
-            "scan_seconds": round(found.scan_seconds, 3),
-        },
-        "sweep": None,
+        "reading": "sweep" if swept is not None else "dense" if recalled is None else "recall",
+        "recall": None if recalled is None else _recall(recalled),
+        "sweep": None if swept is None else _sweep(swept),
+        "citations": [
+            {
+                "choice": choice.index,
+                "answer": [found.start, found.end],
+                "quote": found.quote,
+                "source": found.source,
+                "message": found.message,
+                "part": found.part,
+                "characters": list(found.characters),
+                "lines": list(found.lines),
+                "pages": None if found.pages is None else list(found.pages),
+            }
+            for choice in choices
+            for found in choice.citations
+        ],
     }
 
 
-def file_citations(run: ChatRun, text: str) -> list[Json]:
-    """Return the annotations of an answer's text: uploaded files in which words of it stand, after those words.
+def _recall(recalled: Recalled) -> Json:
+    found = recalled.selection
+    return {
+        "question": recalled.question,
+        "note": recalled.note,
+        "prompt_tokens_read": len(recalled.prompt),
+        "spans": [
+            {
+                "score": round(passage.score, 4),
+                "source": passage.source,
+                "message": passage.message,
+                "part": passage.part,
+                "characters": list(passage.characters),
+                "lines": list(passage.lines),
+                "pages": None if passage.pages is None else list(passage.pages),
+                "included": passage.is_included,
+            }
+            for passage in recalled.passages
+        ],
+        "rounds": found.rounds,
+        "top_score": round(found.top_score, 4),
+        "spread": round(found.spread, 4),
+        "ingest_seconds": round(recalled.ingest_seconds, 3),
+        "query_seconds": round(found.query_seconds, 3),
+        "scan_seconds": round(found.scan_seconds, 3),
+    }
+
+
+def file_citations(run: ChatRun) -> list[Json]:
+    """Return the annotations of the first answer: uploaded files in which words of it stand, after those words.
 
     The contract's form has no page; that is an extra key.
     """
-    if run.recalled is None:
-        return []
     found = []
-    for citation in cite(text, run.recalled.shown, run.recalled.question):
+    for citation in run.choices[0].citations:
         parts = run.request.messages[citation.message].content or ()
         file = parts[citation.part].file if citation.part < len(parts) else None
         if file is None or file.file_id is None:

@@ -162,7 +162,12 @@ def test_what_fits_is_read_whole_unless_asked_otherwise(client):
     text = story(seed=4, num_lines=200)
     asked = f"{text}\n\n{NEEDLES[150][1]}"
     whole = ask(client, asked)
-    assert whole.x_evermini == {"reading": "dense", "recall": None, "sweep": None}
+    assert whole.x_evermini == {
+        "reading": "dense",
+        "recall": None,
+        "sweep": None,
+        "citations": [],
+    }
     recalled = ask(client, asked, extra_body={"x_evermini": {"reading": "recall", "why": True}})
     assert has_read(recalled.x_evermini, 150)
     assert recalled.x_evermini["recall"]["prompt_tokens_read"] < whole.usage.prompt_tokens / 2

@@ -37,14 +37,14 @@ class EventWriter:
         scores: Gives tokens' log-probabilities as they are shown; ``None``: they are not.
 
     Attributes:
-        annotate: Gives the annotations of a whole text; none unless it is set.
+        annotate: Gives the annotations of the finished text; none unless it is set.
     """
 
     def __init__(
         self, body: Json, scores: Callable[[Sequence[ScoredText]], list[Json]] | None
     ) -> None:
         self.body = body
-        self.annotate: Callable[[str], list[Json]] = lambda text: []
+        self.annotate: Callable[[], list[Json]] = list
         self._scores = scores
         self._next = 0
         self._item: Json | None = None
@@ -185,7 +185,7 @@ class EventWriter:
             return []
         place, kind = self._place(), self._item["type"]
         if kind == "message":
-            part = self._part() | {"annotations": self.annotate(self._written)}
+            part = self._part() | {"annotations": self.annotate()}
             item = {**self._item, "status": status, "content": [part]}
             fields = {**place, "content_index": 0}
             events = [

@@ -114,8 +114,7 @@ class ResponseRun:
         self._writer = writer
         self._chat = running
         self._save = save
-        if running.request.wants_why:
-            writer.annotate = partial(wire.file_citations, running)
+        writer.annotate = partial(wire.file_citations, running)
 
     async def events(self) -> AsyncGenerator[Json, None]:
         """Yield the events. The last comes when the response is stored; a failure is an event, too, and `error`."""
