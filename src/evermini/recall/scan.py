@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -42,6 +43,17 @@ class KeyRun:
         """Its blocks."""
         return self.starts.shape[0] - 1
 
+    @cached_property
+    def struct(self) -> kernels.Run:
+        """Itself as the kernel reads it; a context has a thousand and is asked often."""
+        return kernels.Run(
+            self.keys.data_ptr(),
+            self.scales.data_ptr(),
+            self.starts.data_ptr(),
+            self.num_blocks,
+            self.first_block,
+        )
+
 
 def even_starts(num_keys: int) -> Tensor:
     """Return a run's ``starts`` with every block but the last full."""
@@ -65,8 +77,8 @@ def block_mass(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> Tens
     Returns:
         (num_blocks, Q) float32; each column sums to 1.
     """
-    mass = _unscaled_mass(queries, runs, num_blocks)
-    return mass.div_(mass.sum(0))
+    mass = _unscaled_mass(queries, runs, num_blocks)[:, : queries.shape[0]]
+    return mass / mass.sum(0)
 
 
 def weighted_mass(
@@ -81,10 +93,12 @@ def weighted_mass(
         num_blocks: Blocks of the whole context.
     """
     mass = _unscaled_mass(queries, runs, num_blocks)
+    weights = torch.nn.functional.pad(weights, (0, mass.shape[1] - len(weights)))
     return mass @ (weights / mass.sum(0))
 
 
 def _unscaled_mass(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> Tensor:
+    """Return the masses up to a factor for each query, and columns beyond the queries: whole rows are quicker."""
     block_max, block_sum = _scan(queries, runs, num_blocks)
     return block_max.sub_(block_max.amax(0)).exp_().mul_(block_sum)
 
@@ -101,24 +115,13 @@ def _scan(queries: Tensor, runs: Sequence[KeyRun], num_blocks: int) -> tuple[Ten
     scales = torch.nn.functional.pad(scales, (0, padded - count))
     offsets = 128 * q.to(torch.int32).sum(1, dtype=torch.int32)
     packed = q.view(padded // _LANES, _LANES, dim // 4, 4).transpose(1, 2).contiguous()
-    structs = (kernels.Run * len(runs))(
-        *(
-            kernels.Run(
-                r.keys.data_ptr(),
-                r.scales.data_ptr(),
-                r.starts.data_ptr(),
-                r.num_blocks,
-                r.first_block,
-            )
-            for r in runs
-        )
-    )
+    structs = (kernels.Run * len(runs))(*(run.struct for run in runs))
     block_max, block_sum = torch.empty(num_blocks, padded), torch.empty(num_blocks, padded)
     library.em_scan(
         structs, len(runs), dim, packed.data_ptr(), offsets.data_ptr(), scales.data_ptr(), padded,
         block_max.data_ptr(), block_sum.data_ptr(),
     )  # fmt: skip
-    return block_max[:, :count], block_sum[:, :count]
+    return block_max, block_sum
 
 
 def _scan_torch(
