@@ -17,7 +17,9 @@ serves both. Everything here blocks; one `LLM` may be used from several threads,
 
 from __future__ import annotations
 
+import atexit
 import time
+import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -233,6 +235,9 @@ class LLM:
             stack.callback(self._served.close, timeout=0.0)
             self._documents = Documents.open(settings, None)
             stack.callback(self._documents.close)
+            # A script that ends without closing must not end in a traceback of the event loop's.
+            stack.callback(atexit.unregister, closing := partial(_close, weakref.ref(self)))
+            atexit.register(closing)
             self._stack = stack.pop_all()
 
     @property
@@ -427,6 +432,12 @@ class LLM:
         except BaseException:
             future.cancel()
             raise
+
+
+def _close(llm: weakref.ref[LLM]) -> None:
+    """Close an LLM that is still there."""
+    if (open_one := llm()) is not None:
+        open_one.close()
 
 
 async def _next(deltas: AsyncGenerator[DeltaT, None]) -> DeltaT | None:

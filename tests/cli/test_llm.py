@@ -1,5 +1,7 @@
 """The Python API on the real nano model."""
 
+import subprocess
+import sys
 import threading
 from typing import Literal
 
@@ -139,6 +141,14 @@ def test_what_cannot_be_loaded_is_told_at_once(tmp_path, monkeypatch):
         LLM("nano", thread=2)
     with pytest.raises(ConfigError, match="argument threads"):
         LLM("nano", threads=0)
+
+
+def test_a_script_that_does_not_close_it_ends_in_silence():
+    script = "from evermini import LLM; llm = LLM('nano'); print(llm.complete('One, two,', max_tokens=1).finish_reason)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "length\n", "")
 
 
 def test_a_closed_llm_says_so():

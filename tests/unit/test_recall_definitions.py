@@ -7,7 +7,7 @@ import json
 import pytest
 
 from evermini.recall import recall as recall_module
-from evermini.recall.definitions import DEFINITION, asked_names, find_definitions
+from evermini.recall.definitions import DEFINITION, asked_names, find_definitions, returned
 from evermini.recall.prompt import excerpts
 from evermini.recall.segment import Segment
 from evermini.recall.select import Policy
@@ -107,6 +107,29 @@ def test_a_definition_ends_where_its_body_does(text, question, end):
     (found,) = find_definitions([Segment(text)], question)
     assert text[found.start : found.end].endswith(end)
     assert DEFINITION.match(text, found.start)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("def f(a):\n    return 3 + len(a)\n\nreturn 4\n", ["3 + len(a)"]),
+        ("def f(a):\n    if a:\n        return None\n    return a.b\n    return None\n", ["None", "a.b"]),
+        ("function f(a) {\n  return a ? 'x' : g(a);\n}\n", ["a ? 'x' : g(a)"]),
+        ("func f() (int, error) {\n\treturn 0, nil\n}\n", ["0, nil"]),
+        ("def f():\n    def g():\n        return 1\n    return g()\n", ["g()"]),
+        ("def f():\n    # It may\n    return stale numbers\n    return not 1\n", ["not 1"]),
+        ("def f():\n    return (\n        1\n    )\n", []),
+        ("def f():\n    return 1 + \\\n        2\n", []),
+        ("def f():\n    x = 1\n    return x\n", []),
+        ("def f():\n    return\n", []),
+        ("def f(a):\n" + "".join(f"    if a == {n}:\n        return {n}\n" for n in range(4)), []),
+        ("class f:\n    def g():\n        return 1\n", []),
+    ],
+)  # fmt: skip
+def test_what_a_function_returns_is_told_where_that_is_the_whole_truth(text, values):
+    match = DEFINITION.search(text)
+    assert match is not None
+    assert returned(text, match) == values
 
 
 def test_definitions_are_read_although_uses_rank_higher(tmp_path, monkeypatch):

@@ -277,7 +277,7 @@ def test_definitions_that_the_question_names_are_on_their_lines():
     question = "Where is the class Queue defined, and what does size of it return?"
     shown = excerpts([segment], [span], len, 10_000, question).text
     assert "[queue.py, lines 1-8 of 9: class Queue is defined in queue.py on line 4, " in shown
-    assert ", def size is defined in queue.py on line 5]\n" in shown
+    assert ", def size is defined in queue.py on line 5 and returns 3]\n" in shown
     assert ": class" not in excerpts([segment], [span], len, 10_000).text
 
 

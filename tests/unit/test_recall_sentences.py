@@ -35,6 +35,9 @@ def cut(text: str) -> list[str]:
          ["It was a long and cold winter for the people of\nNantes.", "They had no wood\nleft"]),
         ("It was a long winter for all the people of the town.\nVAR A = 3\nThey had no wood at all and cold.",
          ["It was a long winter for all the people of the town.", "VAR A = 3", "They had no wood at all and cold."]),
+        ("Traceback (most recent call last):\n  He owes it to boots. File one\nKeyError: x",
+         ["Traceback (most recent call last):\n  He owes it to boots.", "File one", "KeyError: x"]),
+        ("def a(x):\n    # Add one. Or two.\n    x += 1\n", ["def a(x):\n    # Add one. Or two.\n    x += 1"]),
         ("彼は来た。彼女は帰った。", ["彼は来た。", "彼女は帰った。"]),
     ],
 )  # fmt: skip
@@ -57,15 +60,17 @@ def test_a_sentence_weighs_what_it_has_of_the_wanted_words():
     assert weight_of("nothing", wanted) == 0
 
 
-TEXT = (
+MILL = (
     "The mill stands by the river. The baker of Orsova is called Ilona Fekete. He sings.\n\n"
     "Nobody knows why. Ilona Fekete keeps bees on the roof. It rains.\n"
 )
 
 
-def shown(question_words: str, *more: str, budget: int = 10_000, parts: int = 1) -> str:
-    segment = Segment(TEXT)
-    size = len(TEXT) // parts
+def shown(
+    question_words: str, *more: str, text: str = MILL, budget: int = 10_000, parts: int = 1
+) -> str:
+    segment = Segment(text)
+    size = len(text) // parts
     spans = [
         Span(0, None, (i, i + 1), (i * size, (i + 1) * size), (1, 3), float(parts - i), 1)
         for i in range(parts)
@@ -88,6 +93,44 @@ def test_so_does_the_one_that_it_leads_to():
         "> The baker of Orsova is called Ilona Fekete.",
         "> Ilona Fekete keeps bees on the roof.",
     ]
+
+
+SHIPS = (
+    "The captain of the Petrel is Sebald Mortensen. Anselm Ibarra was brought up by an aunt in Gdansk.\n\n"
+    "Sebald Mortensen was brought up by an aunt in Leeds.\n"
+)
+LONG = (
+    "Since then they have brought the ships of that company, which was the largest on the whole coast, up the river, "
+    "past the mills and the Mortensen works, as often as the water was high enough for it and the wind was fair.\n"
+)
+
+
+def test_a_look_alike_of_what_it_leads_to_is_not_shown():
+    lines = shown("captain Petrel brought up", "Sebald Mortensen", text=SHIPS).splitlines()
+    assert lines[2:-1] == [
+        "> The captain of the Petrel is Sebald Mortensen.",
+        "> Sebald Mortensen was brought up by an aunt in Leeds.",
+    ]
+
+
+def test_of_two_with_as_many_words_the_long_one_is_not_shown():
+    lines = shown(
+        "captain Petrel ships company", text=SHIPS.split(". ")[0] + ".\n\n" + LONG
+    ).splitlines()
+    assert lines[2:-1] == ["> The captain of the Petrel is Sebald Mortensen."]
+
+
+def test_nor_is_one_that_a_name_leads_to_by_the_way():
+    lines = shown(
+        "captain Petrel aunt", "Mortensen", text=SHIPS.splitlines()[0] + "\n\n" + LONG
+    ).splitlines()
+    assert lines[2:-1] == ["> The captain of the Petrel is Sebald Mortensen."]
+
+
+def test_a_chain_is_shown_whose_links_have_nothing_else_of_the_question():
+    text = "VAR ABCDE = 73697\nVAR FGHIJ = VAR ABCDE\nVAR KLMNO = 5\n"
+    lines = shown("variables value 73697", "ABCDE", "FGHIJ", text=text).splitlines()
+    assert lines[2:-1] == ["> VAR ABCDE = 73697", "> VAR FGHIJ = VAR ABCDE"]
 
 
 def test_none_does_if_no_sentence_has_a_fair_part_of_the_question():

@@ -33,6 +33,18 @@ _MAX_FOUND = 6
 _MAX_NAMES = 24
 """Names of a question that are looked up; one with more quotes code rather than asking for a place in it."""
 
+_MAX_RETURNS = 3
+"""Of a function with more different ones, none is told."""
+_MAX_RETURN = 160
+"""Characters of an expression."""
+_RETURN = re.compile(r"^[ \t]*return\b[ \t]*(?P<value>[^\n]*)$", re.MULTILINE)
+_PROSE = re.compile(
+    r"(?!(?:not|await|new|lambda|typeof|yield|void|mut|async|function|func|fn|struct|move)\b)[^\W\d]\w*[ \t]+"
+    r"(?!(?:if|unless|else|and|or|in|is|not|for|as|instanceof|xor|shl|shr|mod|div)\b)[^\W\d]"
+)
+"""Two words beside each other that no operator joins: a line of a comment that begins with "return"."""
+_VARIABLE = re.compile(r"(?!(?:true|false|null|nil|none|self|this)$)_*[a-z]\w*")
+
 _CONTAINERS = frozenset({"class", "struct", "interface", "enum", "trait", "impl"})
 _JOINT = r"(?:\.|::|\#|->)"
 _KEYWORD = r"(?:class|def|function|method|fn|func|struct|interface|enum|trait|impl|constructor)\b"
@@ -133,6 +145,43 @@ def find_definitions(segments: Sequence[Segment], question: str) -> list[Definit
                 for place in _likeliest(segments, functions, said, {})
             ]
     return list(dict.fromkeys(result))[:_MAX_FOUND]
+
+
+def returned(text: str, match: re.Match[str]) -> list[str]:
+    """Return what a function's ``return`` statements give, word for word and each once.
+
+    Nothing of functions inside it. Nothing at all where that would be half of the truth: where an expression goes on
+    beyond its line or is a variable, where there are many, and of what is no function.
+
+    Args:
+        text: The text it is defined in.
+        match: Of `DEFINITION`, where.
+    """
+    if match[1] in _CONTAINERS:
+        return []
+    end = _end(text, match)
+    inner = [(m.start(), _end(text, m)) for m in DEFINITION.finditer(text, match.end(), end)]
+    values: dict[str, None] = {}
+    for found in _RETURN.finditer(text, match.end(), end):
+        value = found["value"].strip().removesuffix(";").rstrip()
+        if (
+            not value
+            or _PROSE.match(value)
+            or any(first <= found.start() < past for first, past in inner)
+        ):
+            continue
+        if len(value) > _MAX_RETURN or not _is_whole(value) or _VARIABLE.fullmatch(value):
+            return []
+        values[value] = None
+    return list(values) if len(values) <= _MAX_RETURNS else []
+
+
+def _is_whole(expression: str) -> bool:
+    """Return whether all brackets are closed and no operator waits for more."""
+    depths = (expression.count(a) - expression.count(b) for a, b in ("()", "[]", "{}"))
+    return not any(depths) and not re.search(
+        r"[-+*/%&|^=<>,.?:\\]$|\b(?:and|or|not|in|is)$", expression
+    )
 
 
 def _defined_in(segment: Segment, number: int, name: str) -> list[Definition]:

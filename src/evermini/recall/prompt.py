@@ -4,8 +4,9 @@
     ...
     [left out: lines 25-310]
 
-In code, definitions of what the question names are pointed out, since a small model cannot count lines:
-[queue.py, lines 10-50 of 310: class Queue is defined in queue.py on line 21]
+In code, definitions of what the question names are pointed out, since a small model cannot count lines, and what
+functions return, which it would describe rather than quote:
+[queue.py, lines 10-50 of 310: def qsize is defined in queue.py on line 21 and returns len(self._queue)]
 
 At the end, the sentences that are closest to the question stand once more:
 [End of the excerpts. Closest to the question:]
@@ -21,9 +22,9 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from evermini.recall.definitions import DEFINITION
+from evermini.recall.definitions import DEFINITION, returned
 from evermini.recall.segment import Segment
-from evermini.recall.sentences import sentences, weight_of
+from evermini.recall.sentences import hashes, sentences, weight_of
 
 _END = "\n[End of the excerpts]\n\n"
 _CLOSEST = "\n[End of the excerpts. Closest to the question:]\n{sentences}\n\n"
@@ -33,8 +34,12 @@ _LEAST = 0.2
 """None is if the best one has less than this share of the question's words."""
 _LINKED = 0.5
 """The same for the names that lead from one passage to another: one sentence for each step."""
+_ABOUT = 0.2
+"""A sentence is about a name if so many of its different words are the name's."""
 _MOST_SENTENCES = 6
 _MAX_SENTENCE = 480
+_LONG_SENTENCE = 240
+"""Characters of a sentence whose words count half."""
 
 Range = tuple[int, int, int]
 """Number of a segment, first and past-the-end character in it."""
@@ -135,27 +140,43 @@ def _closest(
     segments: Sequence[Segment], spans: Sequence[Span], hops: Sequence[Mapping[int, float]]
 ) -> list[Range]:
     """Return the sentences of the spans that are closest to the question, in order, then those they lead to."""
-    places = [
-        (number, start + first, start + last)
+    texts = {
+        (number, start + first, start + last): segments[number].text[start + first : start + last]
         for number, start, end in shown_ranges(segments, spans)
         for first, last in sentences(segments[number].text[start:end])
         if last - first <= _MAX_SENTENCE
-    ]
-    chosen: list[Range] = []
-    for step, wanted in enumerate(hops):
-        weights = {
-            place: weight_of(segments[place[0]].text[place[1] : place[2]], wanted)
-            for place in places
-        }
-        top, total = max(weights.values(), default=0.0), sum(wanted.values())
-        if top <= 0 or top < (_LINKED if step else _LEAST) * total:
+    }
+    if not hops or not texts:
+        return []
+    asked, *links = hops
+    weights = {place: weight_of(text, asked) for place, text in texts.items()}
+    if max(weights.values()) < max(_LEAST * sum(asked.values()), 1e-9):
+        return []
+    # Of two with the same words, the longer one says less about them.
+    weights = {place: w / (1 + len(texts[place]) / _LONG_SENTENCE) for place, w in weights.items()}
+    alike = sorted(texts, key=lambda place: -weights[place])[:_MOST_SENTENCES]
+    alike = [place for place in alike if weights[place] >= _ALIKE * weights[alike[0]]]
+    said = set().union(*(hashes(texts[place]) for place in alike[:1]))
+    missing = {word: weight for word, weight in asked.items() if word not in said}
+    linked: list[Range] = []
+    for wanted in links:
+        others = [place for place in texts if place not in (alike[0], *linked)]
+        best = max(others, key=lambda place: weight_of(texts[place], wanted), default=None)
+        if best is None or weight_of(texts[best], wanted) < _LINKED * sum(wanted.values()):
             break
-        if step:
-            chosen.append(max(weights, key=lambda place: weights[place]))
-        else:
-            alike = sorted(places, key=lambda place: -weights[place])[:_MOST_SENTENCES]
-            chosen += sorted(place for place in alike if weights[place] >= _ALIKE * top)
-    return list(dict.fromkeys(chosen))
+        if _adds(texts[best], wanted, missing):
+            linked.append(best)
+    if linked:  # what is as close as the best one, but speaks of something else than where it leads, is a look-alike
+        names = set().union(*links)
+        alike = [place for place in alike if place == alike[0] or names & hashes(texts[place])]
+    return list(dict.fromkeys([*sorted(alike), *linked]))
+
+
+def _adds(sentence: str, wanted: Mapping[int, float], missing: Mapping[int, float]) -> bool:
+    """Return whether a sentence that a name leads to is about it, or has what the question asks beside."""
+    own = hashes(sentence)
+    about = len(own & wanted.keys()) >= _ABOUT * len(own)
+    return about or weight_of(sentence, missing) >= _LEAST * sum(missing.values())
 
 
 def _closing(segments: Sequence[Segment], closest: Sequence[Range]) -> str:
@@ -220,10 +241,15 @@ def _write(
 
 
 def _definitions(segment: Segment, start: int, end: int, names: Collection[str]) -> str:
-    """Say on which lines of a range the named classes and functions are defined."""
+    """Say on which lines of a range the named classes and functions are defined, and what the latter return."""
     where = f"in {segment.name} " if segment.name else ""
     places = [
         f"{match[1]} {match[2]} is defined {where}on line {segment.line_of(match.start(1))}"
+        + (
+            f" and returns {' or '.join(values)}"
+            if (values := returned(segment.text, match))
+            else ""
+        )
         for match in DEFINITION.finditer(segment.text, start, end)
         if match[2] in names
     ]
