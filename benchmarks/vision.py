@@ -47,7 +47,7 @@ GISTS = {
     "financebench_id_00799": r"improv.*0\.69|0\.69.*improv",
     "financebench_id_01079": r"Czech|medical device|Shanghai|New Zealand",
     "financebench_id_01148": r"packaging",
-    "financebench_id_00684": r"\b(no|not|declin\w*|decreas\w*|lower)\b",
+    "financebench_id_00684": r"^(?!\W*yes\b).*\b(no|not|declin\w*|decreas\w*|lower)\b",
     "financebench_id_00685": r"\b(yes|consistent)\b",
     "financebench_id_01077": r"Current Health|Yardbird",
     "financebench_id_01275": r"operating",

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "tuning": {"errors", "models", "service", "text", "vision"},
     "api": {"errors", "config", "service", "storage"},
-    "llm": {"errors", "config", "models", "recall", "service", "text"},
+    "llm": {"errors", "config", "backends", "models", "recall", "service", "text"},
     "evals": {"errors", "models", "recall", "service", "llm"},
     "cli": {
         "errors",

@@ -79,6 +79,17 @@ def test_without_titles_or_a_match_nothing_is_added(text, question):
     assert PageTitles([Segment(text)], ends).score(asked(question)) is None
 
 
+def test_a_page_that_was_cut_keeps_its_title():
+    at, end = REPORT.index("Dividends"), REPORT.index("[page 3]")
+    segments = [Segment(REPORT[:at]), Segment(REPORT[at:end], first_char=at, first_page=2)]
+    ends = [np.array([len(segment.text)], np.uint32) for segment in segments]
+    found = PageTitles(segments, ends).score(asked("cash flows"))
+    assert found is not None
+    assert found[0] == found[1] == 1.0
+    (whole, alone) = scores("cash flows", (REPORT[:at], REPORT[at:end]))
+    assert (max(whole), alone[0]) == (1.0, 0.0)
+
+
 def test_each_segment_has_its_own_pages():
     first, second = scores("cash flows", (REPORT, REPORT.replace("Cash Flows", "Income")))
     assert max(first) == 1.0

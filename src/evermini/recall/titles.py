@@ -42,7 +42,9 @@ class PageTitles:
         for segment, past in zip(segments, ends, strict=True):
             pages = segment.page_starts
             numbers = np.searchsorted(np.array(pages, np.int64), past)
-            places.append(np.where(numbers > 0, numbers + (len(titles) - 1), 0))
+            # What a text was cut in the middle of goes on with the last page before.
+            last = len(titles) - 1
+            places.append(np.where(numbers > 0, numbers + last, last if segment.first_char else 0))
             titles += (_title(segment.text, start) for start in pages)
         self._title_of = np.concatenate(places) if places else np.zeros(0, np.int64)
         self._has_any = len(titles) > 1

@@ -25,6 +25,8 @@ _LONG = 2.0
 """A box whose sides differ by this factor or more is a line of text, and says which way it runs."""
 _MIN_LINES = 3
 """So many such lines have to lie as the page does before it is turned."""
+_KEPT = 0.8
+"""The second reading counts if it has this share of the first one's letters: their boxes differ a little."""
 _SURE = 0.9
 """From this probability on, the recogniser itself turns a line that stands on its head."""
 
@@ -86,7 +88,7 @@ class TextReader:
         turn = needed_turn(lies)
         if turn:
             upright, _ = self._read_as_it_lies(image.rotate(turn, expand=True))
-            if _legible(upright) >= _legible(lines):
+            if _legible(upright) >= _KEPT * _legible(lines):
                 return upright
         return lines
 
