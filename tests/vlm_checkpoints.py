@@ -69,8 +69,16 @@ class TinyVlm:
     processor: Any
     template: str
 
-    def inputs(self, messages: list[dict[str, Any]], images: list[Image.Image]) -> dict[str, Any]:
-        """Return what `transformers` computes for a conversation, as its processors put it together."""
+    def inputs(
+        self, messages: list[dict[str, Any]], images: list[Image.Image], **options: Any
+    ) -> dict[str, Any]:
+        """Return what `transformers` computes for a conversation, as its processors put it together.
+
+        Args:
+            messages: The conversation.
+            images: Its images.
+            options: For the processor of a family that cuts images into tiles.
+        """
         text = self.rendered(messages)
         if not images:
             ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -87,7 +95,9 @@ class TinyVlm:
             return {**found, "input_ids": ids, "mm_token_type_ids": kinds}
         from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
-        found = self.processor(images=[images], return_tensors="pt", return_row_col_info=True)
+        found = self.processor(
+            images=[images], return_tensors="pt", return_row_col_info=True, **options
+        )
         shapes = zip(found.pop("rows")[0], found.pop("cols")[0], strict=True)
         names = ("<fake_token_around_image>", "<image>", "<global-img>")
         shown = (get_image_prompt_string(*shape, 4, *names) for shape in shapes)

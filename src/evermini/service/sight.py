@@ -264,7 +264,8 @@ def prepare(tower: VisionTower, picture: Picture, *, is_low: bool) -> TowerInput
     Raises:
         InvalidRequestError: It is of a shape that the model cannot look at.
     """
-    return tower.prepare(shrunk(picture.image, longest_side(picture.size, is_low=is_low)))
+    longest = longest_side(picture.size, is_low=is_low)
+    return tower.prepare(shrunk(picture.image, longest), is_low=is_low)
 
 
 def longest_side(size: tuple[int, int], *, is_low: bool) -> int:

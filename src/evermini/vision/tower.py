@@ -157,8 +157,12 @@ class VisionTower(ABC):
         return self.torch_network(modules, checkpoint.vision_tensor, device, dtype)
 
     @abstractmethod
-    def prepare(self, image: Image) -> TowerInput:
+    def prepare(self, image: Image, *, is_low: bool = False) -> TowerInput:
         """Return an RGB image as the tower takes it.
+
+        Args:
+            image: Any size.
+            is_low: It was shrunk to be looked at quickly: where an image is cut into tiles, take the whole in one.
 
         Raises:
             InvalidRequestError: It is of a shape that the checkpoint's preprocessor refuses.
@@ -199,7 +203,7 @@ class QwenTower(VisionTower):
     torch_network = TorchQwen
     native_network = NativeQwen
 
-    def prepare(self, image: Image) -> TowerInput:
+    def prepare(self, image: Image, *, is_low: bool = False) -> TowerInput:
         """Return an RGB image as the tower takes it; see `VisionTower.prepare`."""
         found = self._processed(image)
         _, rows, columns = found["image_grid_thw"][0].tolist()
@@ -215,9 +219,10 @@ class IdeficsTower(VisionTower):
     torch_network = TorchIdefics
     native_network = NativeIdefics
 
-    def prepare(self, image: Image) -> TowerInput:
+    def prepare(self, image: Image, *, is_low: bool = False) -> TowerInput:
         """Return an RGB image as the tower takes it; see `VisionTower.prepare`."""
-        found = self._processed(image, return_row_col_info=True)
+        whole = {"do_image_splitting": False} if is_low else {}
+        found = self._processed(image, return_row_col_info=True, **whole)
         pixels = {"pixel_values": found["pixel_values"][0]}
         if "pixel_attention_mask" in found:
             pixels["pixel_attention_mask"] = found["pixel_attention_mask"][0]
