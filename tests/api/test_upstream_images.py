@@ -139,6 +139,15 @@ def test_bad_images_and_addresses_never_reach_the_engine(engine: FakeEngine, url
     assert not any(path.endswith("completions") for path, _, _ in engine.asked)
 
 
+def test_without_what_opens_images_it_is_said_what_to_install(
+    engine: FakeEngine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evermini.service.upstream.forward.find_spec", lambda name: None)
+    error = assert_error(ask(url, image_part(encoded(PHOTO))), 400)
+    assert "evermini[vision]" in error["message"]
+    assert error["param"] == "messages[0].content[0].image_url.url"
+
+
 @pytest.mark.parametrize(
     ("status", "message", "says"),
     [

@@ -24,7 +24,7 @@ from tests.tuning_files import jsonl
 from tests.unit.test_tuning_train import Reports, run, spec
 from tests.vlm_checkpoints import FAMILIES, TinyVlm, picture, save_vlm
 
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
 
 PHOTO, TALL = picture(1), picture(2, (56, 140))
 WINDOW = 1024

@@ -10,9 +10,10 @@ import asyncio
 import base64
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
-from evermini.errors import EngineStoppedError
+from evermini.errors import EngineStoppedError, UnsupportedParameterError
 from evermini.service.attachments import Detail, Perceived
 from evermini.service.image_tokens import image_cost
 from evermini.service.messages import Message
@@ -42,10 +43,15 @@ class Forwarder:
 
         Raises:
             InvalidRequestError: It is no image that is taken, or damaged.
+            UnsupportedParameterError: The package that opens images is not installed.
             EngineStoppedError: This was closed.
         """
         if self._is_closed:
             raise EngineStoppedError("The server is shutting down. Try another server, or later.")
+        if find_spec("PIL") is None:
+            raise UnsupportedParameterError(
+                "This server cannot read images: they need the extra 'vision' (pip install 'evermini[vision]')."
+            )
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._pool, _perceived, data, detail)
 
