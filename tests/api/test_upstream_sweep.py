@@ -334,3 +334,35 @@ def test_nano_behind_a_server_of_its_own_reads_all_of_a_text(nano, tmp_path):
         assert listed["task"] == "collect"
         assert listed["windows"] > 1
         assert listed["tokens_written"] > 0
+
+
+def test_another_evermini_reads_long_prompts_itself_and_says_how(base_url, client):
+    with behind(f"{base_url}/v1", spec={"model": "gpt-4.1-nano"}) as (url, _):
+        fields: Any = {"max_completion_tokens": 12, "temperature": 0}
+        asked = body_of(story(seed=3, num_lines=60), "Summarise the text.", **fields)
+        extensions = {**asked["x_evermini"], "progress": True}
+        ours = ask(url, story(seed=3, num_lines=60), "Summarise the text.", **fields).json()
+        with make_client(url) as through:
+            chunks = list(
+                through.chat.completions.create(
+                    model=NAME,
+                    messages=asked["messages"],
+                    stream=True,
+                    **fields,
+                    extra_body={"x_evermini": extensions},
+                )
+            )
+        direct = client.chat.completions.create(
+            model="gpt-4.1-nano",
+            messages=asked["messages"],
+            **fields,
+            extra_body={"x_evermini": {"reading": "sweep", "why": True}},
+        )
+    theirs = direct.x_evermini["sweep"]
+    last = next(c for c in chunks if c.choices and c.choices[0].finish_reason)
+    for told in (ours["x_evermini"]["sweep"], last.x_evermini["sweep"]):
+        assert {**told, "seconds": 0} == {**theirs, "seconds": 0}
+    assert ours["choices"][0]["message"]["content"] == direct.choices[0].message.content
+    assert ours["usage"]["prompt_tokens"] == direct.usage.prompt_tokens
+    reports = [c.x_evermini["progress"] for c in chunks if not c.choices and c.model_extra]
+    assert all(report["stage"] == "sweep" for report in reports)

@@ -29,11 +29,13 @@ class Found:
         model: Its name for the model.
         window: Tokens of prompt and answer together; ``None``: it does not say.
         sees: Its model looks at images; ``None``: it does not say.
+        is_evermini: It is one of us, and knows ``x_evermini``.
     """
 
     model: str
     window: int | None
     sees: bool | None = None
+    is_evermini: bool = False
 
 
 async def discover(client: UpstreamClient, spec: UpstreamSpec) -> Found:
@@ -59,7 +61,11 @@ async def discover(client: UpstreamClient, spec: UpstreamSpec) -> Found:
         window = _window_of_slot(props)
     if sees is None:
         sees = await _sees(client, entry, props)
-    return Found(name, window, sees)
+    is_evermini = any(
+        listed.get("owned_by") == "evermini" and "context_window" in listed
+        for listed in entries.values()
+    )
+    return Found(name, window, sees, is_evermini)
 
 
 def _choose(names: list[str], spec: UpstreamSpec) -> str:

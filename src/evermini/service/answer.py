@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from evermini.service.citations import Citation
 from evermini.service.generation import Usage
@@ -108,7 +108,13 @@ class ChatChoice:
 
 
 class Answering(Protocol):
-    """An answer in the making: iterate `deltas`, and `abort` if they are not read to the end."""
+    """An answer in the making: iterate `deltas`, and `abort` if they are not read to the end.
+
+    Attributes:
+        told: How another Evermini, which answers, has read the prompt, in the words of ``x_evermini``.
+    """
+
+    told: dict[str, Any] | None
 
     @property
     def usage(self) -> Usage:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from evermini.service.answer import (
     Answering,
@@ -84,6 +85,7 @@ class EngineAnswer:
     """
 
     def __init__(self, generation: Generation, toolset: Toolset, tokenizer: Tokenizer) -> None:
+        self.told: dict[str, Any] | None = None
         self._generation = generation
         self._toolset = toolset
         self._tokenizer = tokenizer
@@ -200,6 +202,11 @@ class ChatRun:
             shown, question = whole_documents(self.request.messages)
         size = sum(one.end - one.start for one in shown)
         return await tokenise(size, cite, text, shown, question)
+
+    @property
+    def told(self) -> dict[str, Any] | None:
+        """How another Evermini, which answers, says that it has read the prompt."""
+        return self._answer.told
 
     @property
     def usage(self) -> Usage:

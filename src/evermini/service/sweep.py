@@ -50,6 +50,7 @@ from evermini.service.sweep_notes import (
     NoteTaker,
     beginning,
     is_nothing,
+    one_each,
     opening,
     sentences,
     tidy,
@@ -354,7 +355,7 @@ class Sweep:
         if not kept_notes:
             head = f"[This text was read as a whole, in {len(cut)} parts; it says nothing that helps to answer]"
         return _Found(
-            "note", question, len(cut), head, tuple(note.line for note in kept_notes),
+            "note", question, len(cut), head, tuple(note.line for note in one_each(kept_notes)),
             num_empty=num_empty, num_dropped=num_dropped, num_rounds=taker.num_rounds,
             parts=self._named(kept_notes) if is_summary and not has_shape(question) else (),
         )  # fmt: skip

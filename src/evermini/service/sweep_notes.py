@@ -164,6 +164,17 @@ def without_repeats(notes: Iterable[Note]) -> list[Note]:
     return kept
 
 
+def one_each(notes: Sequence[Note]) -> list[Note]:
+    """Return the notes, those with one place after the other as one."""
+    kept: list[Note] = []
+    for note in notes:
+        if kept and note.place == kept[-1].place:
+            kept[-1] = replace(note, text=f"{kept[-1].text} {note.text}")
+        else:
+            kept.append(note)
+    return kept
+
+
 def sentences(text: str) -> list[str]:
     """Return the sentences of a note, list marks taken off; at least one, which may be empty."""
     found = [

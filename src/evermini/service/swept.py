@@ -12,7 +12,7 @@ from evermini.service.generation import Usage
 
 _BEFORE_FIGURE = 120
 """Characters of an answer in which the figure that was asked for must come."""
-_LINE = r"[^\n]{8,720}[.!?]"
+_LINE = r"[^\n]{8,1500}[.!?]"
 """What an answer says of a part."""
 
 Task = Literal["tally", "check", "collect", "note"]

@@ -152,6 +152,8 @@ def why(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
 
     ``recall`` and ``sweep`` are null if it was read whole.
     """
+    if run.told is not None:
+        return run.told
     recalled, swept = run.recalled, run.swept
     return {
         "reading": "sweep" if swept is not None else "dense" if recalled is None else "recall",

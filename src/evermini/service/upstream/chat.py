@@ -24,7 +24,7 @@ from evermini.service.upstream.checks import FormCheck
 from evermini.service.upstream.exchange import Exchange
 from evermini.service.upstream.forward import images_in
 from evermini.service.upstream.model import UpstreamModel
-from evermini.service.upstream.prompting import Prompt, make_prompt, read_down
+from evermini.service.upstream.prompting import Prompt, leaves_reading, make_prompt, read_down
 from evermini.service.upstream.replies import CallPiece, ChatPart, ChatReply, read
 from evermini.service.upstream.requests import chat_body
 
@@ -53,6 +53,7 @@ class UpstreamAnswer(UpstreamWriting[ChatDelta]):
         timer: RequestTimer,
     ) -> None:
         super().__init__(exchange, timer, request.num_choices, num_prompt)
+        self.told: dict[str, Any] | None = None
         self._url = served.client.url
         self._toolset = request.toolset
         self._check = check
@@ -62,6 +63,7 @@ class UpstreamAnswer(UpstreamWriting[ChatDelta]):
     async def _read(self, body: dict[str, Any]) -> AsyncGenerator[ChatDelta, None]:
         reply = read(ChatReply, body, self._url)
         self._count(reply.usage)
+        self.told = reply.x_evermini or self.told
         for part in reply.choices:
             delta = await self._delta(part)
             if delta is not None:
@@ -142,12 +144,19 @@ async def start(
     """
     FormCheck(request)  # a schema that is none is refused before anything is read
     found = await served.found()
-    prompt = await make_prompt(served, request, found.window, timer, progress)
+    prompt = await make_prompt(served, request, found, timer, progress)
 
     async def ask(prompt: Prompt) -> UpstreamAnswer:
         body = chat_body(request, prompt.texts, found.model)
         swept = prompt.read if isinstance(prompt.read, Swept) else None
-        exchange = Exchange(served, PATH, body)
+        reads_there = leaves_reading(served, found)
+        if reads_there:
+            body["x_evermini"] = {
+                "reading": request.reading,
+                "why": request.wants_why,
+                "progress": bool(request.stream) and progress is not None,
+            }
+        exchange = Exchange(served, PATH, body, progress if reads_there else None)
         try:
             await exchange.start()
         except BaseException:

@@ -7,6 +7,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
 
+from evermini.recall.recall import Progress
+from evermini.service.reading import OnProgress
+from evermini.service.swept import SweepProgress
 from evermini.service.upstream.model import UpstreamModel
 
 Json = dict[str, Any]
@@ -19,9 +22,13 @@ class Exchange:
         served: The model.
         path: What is asked, such as ``/chat/completions``.
         body: The request; its ``stream`` says how it is answered.
+        progress: Told how another Evermini reads a long prompt; its stream counts as begun when that is done.
     """
 
-    def __init__(self, served: UpstreamModel, path: str, body: Json) -> None:
+    def __init__(
+        self, served: UpstreamModel, path: str, body: Json, progress: OnProgress | None = None
+    ) -> None:
+        self._progress = progress
         self._served = served
         self._path = path
         self._body = body
@@ -79,9 +86,14 @@ class Exchange:
                 self._accept()
             else:
                 async with client.stream(self._path, self._body) as events, aclosing(events):
-                    self._accept()
+                    if self._progress is None:
+                        self._accept()
                     async for event in events:
+                        if self._progress is not None and (report := _report(event)) is not None:
+                            self._progress(report)
+                            continue
                         self._news.put_nowait(event)
+                        self._accept()
             self._news.put_nowait(None)
         except Exception as error:
             self._fail(error)
@@ -96,3 +108,22 @@ class Exchange:
             self._accepted.set_exception(error)
         else:
             self._news.put_nowait(error)
+
+
+def _report(event: Json) -> Progress | None:
+    """Return how far a reading is, if an event of another Evermini's stream says that."""
+    told = event.get("x_evermini")
+    told = told.get("progress") if isinstance(told, dict) else None
+    if not isinstance(told, dict):
+        return None
+    kind = SweepProgress if told.get("stage") == "sweep" else Progress
+    try:
+        return kind(
+            int(told["done_tokens"]),
+            int(told["total_tokens"]),
+            float(told["seconds"]),
+            float(told["tokens_per_second"]),
+            None if told["eta_seconds"] is None else float(told["eta_seconds"]),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from evermini.backends.discover import Found
 from evermini.errors import UnsupportedParameterError
 from evermini.service.assembly import Plan, least_room
 from evermini.service.choosing import choose
@@ -47,7 +48,7 @@ class Prompt:
 async def make_prompt(
     served: UpstreamModel,
     request: ChatRequest,
-    window: int | None,
+    found: Found,
     timer: RequestTimer,
     progress: OnProgress | None,
 ) -> Prompt:
@@ -56,7 +57,7 @@ async def make_prompt(
     Args:
         served: The model.
         request: The conversation.
-        window: Tokens the engine takes, the answer's included; ``None``: not known, so everything is sent.
+        found: The engine; if its window is not known, everything is sent.
         timer: Told what the engine computed on the way, if it ends in an error.
         progress: Told how the reading of a long text goes.
 
@@ -67,7 +68,8 @@ async def make_prompt(
         UnsupportedParameterError: Recall or a sweep is asked for, and recall is off or there are images.
         EverminiError: What `UpstreamAsker.ask` says.
     """
-    _check_reading(served, request, window)
+    window = found.window
+    _check_reading(served, request, found)
     texts = [message.text() for message in request.messages]
     if images_in(request.messages):
         return Prompt(texts, await count_with_images(served, request))
@@ -81,6 +83,11 @@ async def make_prompt(
         if num_tokens + (request.max_output or least_room(window)) <= window:
             return Prompt(texts, num_tokens)
     return await read_down(served, request, window, timer, progress) or Prompt(texts, num_tokens)
+
+
+def leaves_reading(served: UpstreamModel, found: Found) -> bool:
+    """Return whether the engine reads long prompts as we would, and is asked to."""
+    return found.is_evermini and served.reader is None
 
 
 async def count_with_images(served: UpstreamModel, request: ChatRequest) -> int:
@@ -149,14 +156,16 @@ async def _sweep(
     return Prompt(swept.texts, len(swept.prompt), swept)
 
 
-def _check_reading(served: UpstreamModel, request: ChatRequest, window: int | None) -> None:
+def _check_reading(served: UpstreamModel, request: ChatRequest, found: Found) -> None:
     if request.reading in ("recall", "sweep") and images_in(request.messages):
         raise UnsupportedParameterError(
             "A conversation with images that the model looks at is read whole. Set x_evermini.reading to 'auto' or "
             "'dense', or leave the images out.",
             param="x_evermini.reading",
         )
-    if request.reading in ("recall", "sweep") and (served.reader is None or window is None):
+    if leaves_reading(served, found):
+        return
+    if request.reading in ("recall", "sweep") and (served.reader is None or found.window is None):
         missing = "Recall is not used" if served.reader is None else "The window is not known"
         raise UnsupportedParameterError(
             f"{missing} for this model. Set x_evermini.reading to 'auto' or 'dense', or have the operator switch the "

@@ -119,10 +119,11 @@ class UsageReply(BaseModel):
 
 
 class ChatReply(BaseModel):
-    """A chunk, or a whole answer."""
+    """A chunk, or a whole answer; ``x_evermini``: how another Evermini has read the prompt."""
 
     choices: list[ChatPart] = []
     usage: UsageReply | None = None
+    x_evermini: dict[str, Any] | None = None
 
 
 class TextLogprobs(BaseModel):
