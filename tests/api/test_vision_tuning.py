@@ -13,6 +13,8 @@ from tests.images import encoded, image_part
 from tests.tuning_files import tuning_server, upload, wait_for_status
 from tests.vlm_checkpoints import save_vlm
 
+pytest.importorskip("trl")
+
 MODEL = "gpt-4.1-mini-2025-04-14"
 COLOURS = {"red": "r", "blue": "b"}
 

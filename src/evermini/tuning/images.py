@@ -187,6 +187,7 @@ class ImageReader:
         if seen is None:
             seen = self._open(key, data or self._fetched(url), is_low)
         self._known[key] = seen
+        self._known.move_to_end(key)
         while len(self._known) > _KEPT:
             self._known.popitem(last=False)
         return Perceived(IMAGE_MARK, seen.size, detail, seen)
