@@ -12,6 +12,7 @@ own, by BM25 over titles, and what they get is added to each passage of their pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -57,12 +58,15 @@ class PageTitles:
         """Return what each passage gets for its page's title, 0 to 1; ``None`` if there are no titles.
 
         Args:
-            asked: The question's words, by hash, each with its weight.
+            asked: The question's words, by hash, each with its rarity in the passages.
         """
         total = sum(asked.values())
         if not self._has_any or total <= 0:
             return None
-        found = self._words.for_question().score(dict.fromkeys(asked, 1.0))
+        # By the root, since a word counts by its rarity among titles, too. Without the one in passages, the company's
+        # name, rare in titles and frequent below them, would decide.
+        wanted = {word: math.sqrt(weight) for word, weight in asked.items()}
+        found = self._words.for_question().score(wanted)
         best = int(found.argmax())
         share = sum(asked[word] for word in self._known[best] if word in asked) / total
         if found[best] <= 0 or share <= 0:
