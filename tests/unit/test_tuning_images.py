@@ -283,6 +283,13 @@ def test_each_image_is_computed_once(
     low[0]["messages"][0]["content"][1]["image_url"]["detail"] = "low"
     qwen.read(tmp_path, low, qwen.reader(ImageStore(tmp_path / "images")), "supervised")
     assert len(computed) == 3
+    computed.clear()
+    checked = qwen.reader()
+    assert checked.seconds() == 0
+    qwen.read(tmp_path, ROWS, checked, "supervised")
+    assert not computed  # a file is checked without that, but for an estimate
+    assert checked.seconds() > 0
+    assert len(computed) == 1
     stopped = qwen.reader(ImageStore(tmp_path / "others"), is_told_to_stop=lambda: True)
     with pytest.raises(EngineStoppedError):
         qwen.read(tmp_path, ROWS, stopped, "supervised")

@@ -103,7 +103,9 @@ def check(
         options=TuningOptions(),
         has_validation=validation is not None,
     )
-    measured = summary(spec, checkpoint.config, found[file], found.get(validation or Path()))
+    measured = summary(
+        spec, checkpoint.config, found[file], found.get(validation or Path()), images
+    )
     _print_summary(measured, entry.aliases[0] if entry else name, settings)
 
 

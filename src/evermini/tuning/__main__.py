@@ -75,11 +75,13 @@ def _run(what: str, folder: Path, reporter: Reporter, stop: threading.Event) -> 
             weights_dir=Path(spec.weights_dir) if spec.weights_dir else None,
         )
     )
-    store = ImageStore(folder / IMAGES) if what == "train" else None
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    tokenizer = Tokenizer(checkpoint.tokenizer)
+    store = ImageStore(folder / IMAGES) if what == "train" else None
+    images = _images(spec, checkpoint, tokenizer, store, stop, reporter)
     try:
-        training, validation = _read(spec, folder, checkpoint, store, stop, reporter)
+        training, validation = _read(spec, folder, checkpoint, tokenizer, images)
     except EngineStoppedError:
         reporter.send("stopped", step=0)
         sys.exit(1)  # others that train with this process are ended by accelerate for that
@@ -91,29 +93,24 @@ def _run(what: str, folder: Path, reporter: Reporter, stop: threading.Event) -> 
     if what == "check":
         from evermini.tuning.check import summary
 
-        reporter.send("checked", data=summary(spec, checkpoint.config, training, validation))
+        found = summary(spec, checkpoint.config, training, validation, images)
+        reporter.send("checked", data=found)
         return
+    del images  # and the vision tower: the language model needs the room
     from evermini.tuning.train import train
 
     train(spec, folder, checkpoint, training, validation, reporter, stop.is_set)
 
 
-def _read(
+def _images(
     spec: TrainingSpec,
-    folder: Path,
     checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
     store: ImageStore | None,
     stop: threading.Event,
     reporter: Reporter,
-) -> tuple[Data, Data | None]:
-    """Read the files; with a ``store``, their images are embedded into it.
-
-    Raises:
-        EngineStoppedError: It was told to stop before all of them were.
-    """
-    tokenizer = Tokenizer(checkpoint.tokenizer)
-    template = ChatTemplate(tokenizer)
-    window = checkpoint.config.max_position
+) -> ImageReader:
+    """Return what looks at the examples' images; with a ``store``, it embeds them into it."""
     told = -math.inf
 
     def progress(done: int) -> None:
@@ -122,7 +119,7 @@ def _read(
             told = time.monotonic()
             reporter.send("images", done=done)
 
-    images = ImageReader(
+    return ImageReader(
         checkpoint,
         tokenizer,
         allow_remote=spec.allow_remote_images,
@@ -133,6 +130,22 @@ def _read(
         is_told_to_stop=stop.is_set,
         progress=progress,
     )
+
+
+def _read(
+    spec: TrainingSpec,
+    folder: Path,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    images: ImageReader,
+) -> tuple[Data, Data | None]:
+    """Read the files.
+
+    Raises:
+        EngineStoppedError: It was told to stop before all of their images were embedded.
+    """
+    template = ChatTemplate(tokenizer)
+    window = checkpoint.config.max_position
     training = read_data(folder / TRAINING, spec.method, template, window, images=images)
     validation = None
     if spec.has_validation:

@@ -11,6 +11,7 @@ from evermini.models.config import ModelConfig
 from evermini.service.fine_tuning.spec import TrainingSpec
 from evermini.tuning.data import Data
 from evermini.tuning.device import pick_device, pick_dtype
+from evermini.tuning.images import ImageReader
 
 _BACKWARD = {"supervised": 2.0, "dpo": 3.0}
 """Forward passes that a token costs: its own and the backward one, which is as long since the base is frozen; for
@@ -20,13 +21,28 @@ _EFFICIENCY = {torch.float32: 0.5, torch.bfloat16: 0.25}
 
 
 def summary(
-    spec: TrainingSpec, config: ModelConfig, training: Data, validation: Data | None
+    spec: TrainingSpec,
+    config: ModelConfig,
+    training: Data,
+    validation: Data | None,
+    images: ImageReader,
 ) -> dict[str, Any]:
-    """Return what there is to know before the start, ``auto`` decided."""
+    """Return what there is to know before the start, ``auto`` decided.
+
+    Args:
+        spec: What is wanted.
+        config: The model's shape.
+        training: The training file.
+        validation: The validation file.
+        images: What has looked at their images.
+    """
     wanted = spec.hyperparameters.resolve(spec.method, len(training.examples))
     assert isinstance(wanted.n_epochs, int)
     tokens = training.num_tokens * wanted.n_epochs
     learnt = training.num_learnt * wanted.n_epochs
+    seconds = seconds_for(config, tokens, learnt, spec)
+    if pick_device(spec.device).type == "cpu":  # on a GPU, images are a small part of it
+        seconds += images.seconds()
     return {
         "num_examples": len(training.examples),
         "num_tokens": training.num_tokens,
@@ -37,7 +53,7 @@ def summary(
         "num_validation_examples": 0 if validation is None else len(validation.examples),
         "hyperparameters": wanted.model_dump(),
         "trained_tokens": tokens,
-        "estimated_seconds": seconds_for(config, tokens, learnt, spec),
+        "estimated_seconds": seconds,
     }
 
 

@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,7 +38,7 @@ from evermini.text.chat import IMAGE_MARK
 from evermini.text.tokenizer import Tokenizer
 from evermini.tuning.rows import Row, RowError, SupervisedRow
 from evermini.vision.images import Picture, open_image
-from evermini.vision.tower import VisionTower, load_tower
+from evermini.vision.tower import TowerInput, VisionTower, load_tower
 
 MAX_IMAGE_BYTES = 10 << 20
 MAX_EXAMPLES = 50_000
@@ -139,6 +140,8 @@ class ImageReader:
         self._is_told_to_stop = is_told_to_stop
         self._progress = progress
         self._num_embedded = 0
+        self._num_opened_tokens = 0
+        self._sample: tuple[TowerInput, int] | None = None
         self._tower: VisionTower | None = None
         self._known: OrderedDict[bytes, Seen] = OrderedDict()
 
@@ -157,6 +160,15 @@ class ImageReader:
             for number, message in enumerate(row.messages)
         ]
         return problems or replace(row, messages=tuple(messages))
+
+    def seconds(self) -> float:
+        """Return about how long the images that were opened take to embed: by the smallest, which is embedded now."""
+        if self._sample is None or self._tower is None:
+            return 0.0
+        image, num_tokens = self._sample
+        began = time.perf_counter()
+        self._tower.encode(image, self._is_told_to_stop)
+        return (time.perf_counter() - began) / num_tokens * self._num_opened_tokens
 
     def _message(self, message: Message, line: int, path: str, problems: list[RowError]) -> Message:
         if not message.attached_parts():
@@ -203,6 +215,9 @@ class ImageReader:
         image = prepare(self._tower, picture, is_low=is_low)
         token_ids = image_ids(self._tokenizer, image)
         seen = Seen(key, b"", is_low, picture.size, token_ids, image.grid, None)
+        self._num_opened_tokens += len(token_ids)
+        if self._sample is None or len(token_ids) < self._sample[1]:
+            self._sample = image, len(token_ids)
         if self._store is not None and _is_mine(key):
             if self._is_told_to_stop():
                 raise EngineStoppedError("The training was told to stop.")
