@@ -20,6 +20,7 @@ are done in code. Every character is read exactly once (`windows`), and a window
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ class _Found:
     num_dropped: int = 0
     num_rounds: int = 0
     figures: tuple[int, ...] = ()
-    parts: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 class Sweep:
@@ -351,31 +352,35 @@ class Sweep:
         taker = NoteTaker(self._asker, question, self._count, self._size(NOTE_TOKENS) // 2)
         head = f"[This text was read as a whole, in {len(cut)} parts; these are notes on each, in its order]"
         room = self._plan.budget - self._count(head) - 64
-        kept_notes = without_repeats(await taker.shorten(without_repeats(notes), room))
+        kept_notes = one_each(without_repeats(await taker.shorten(without_repeats(notes), room)))
+        fits = sum(self._count(note.line) + 1 for note in kept_notes) <= room
         if not kept_notes:
             head = f"[This text was read as a whole, in {len(cut)} parts; it says nothing that helps to answer]"
         return _Found(
-            "note", question, len(cut), head, tuple(note.line for note in one_each(kept_notes)),
+            "note", question, len(cut), head, tuple(note.line for note in kept_notes),
             num_empty=num_empty, num_dropped=num_dropped, num_rounds=taker.num_rounds,
-            parts=self._named(kept_notes) if is_summary and not has_shape(question) else (),
+            parts=self._named(kept_notes) if is_summary and fits and not has_shape(question) else (),
         )  # fmt: skip
 
-    def _named(self, notes: Sequence[Note]) -> tuple[str, ...]:
-        """Return the names of all documents, if there are several and the notes are on one after the other."""
-        names = tuple(dict.fromkeys(note.place for note in notes))
-        is_each = names == tuple(piece.name for piece in self._pieces)
-        return names if is_each and 1 < len(names) <= _MAX_PARTS else ()
+    def _named(self, notes: Sequence[Note]) -> tuple[tuple[str, int], ...]:
+        """Return the documents and how long the note on each is, if there are several and each has one."""
+        is_each = [note.place for note in notes] == [piece.name for piece in self._pieces]
+        if not is_each or not 1 < len(notes) <= _MAX_PARTS:
+            return ()
+        return tuple((note.place, len(note.text)) for note in notes)
 
     def _parts(self) -> list[tuple[int, Window]]:
-        """Return windows that each are of one text, with its number."""
-        size = self._size(NOTE_TOKENS)
-        return [
-            (number, window)
-            for number, text in enumerate(self._texts)
-            for window in windows(
-                self._texts, self._count, size, ranges=[Part(number, 0, len(text))]
-            )
-        ]
+        """Return windows that each are of one text, with its number; those of one text are of about one length."""
+        most, found = self._size(NOTE_TOKENS), list[tuple[int, Window]]()
+        for number, text in enumerate(self._texts):
+            total = self._count(text)
+            even = math.ceil(total / max(1, math.ceil(total / most)))
+            size = min(
+                most, even * 9 // 8
+            )  # cuts are between paragraphs, not where they would be even
+            cut = windows(self._texts, self._count, size, ranges=[Part(number, 0, len(text))])
+            found += [(number, window) for window in cut]
+        return found
 
     async def _notes(self, cut: Sequence[tuple[int, Window]], is_summary: bool) -> list[str]:
         """Return what the model writes of each window."""

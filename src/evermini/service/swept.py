@@ -12,8 +12,8 @@ from evermini.service.generation import Usage
 
 _BEFORE_FIGURE = 120
 """Characters of an answer in which the figure that was asked for must come."""
-_LINE = r"[^\n]{8,1500}[.!?]"
-"""What an answer says of a part."""
+_SLACK = 60
+"""Characters that an answer may say of a part beyond the note on it; more would be from elsewhere."""
 
 Task = Literal["tally", "check", "collect", "note"]
 
@@ -44,7 +44,7 @@ class Swept:
         tokens_written: ...and what was written.
         seconds: Time for it.
         figures: Numbers that were computed, the answer first, if the question asks for a number.
-        parts: Names of all documents, if the answer is to go through them.
+        parts: Names of all documents, each with the characters of the note on it, if the answer is to go through them.
         spent: The tokens of all questions to an upstream engine, as it counts them; ``None``: they were asked here.
     """
 
@@ -63,7 +63,7 @@ class Swept:
     tokens_written: int
     seconds: float
     figures: tuple[int, ...] = ()
-    parts: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
     spent: Usage | None = None
 
     @property
@@ -74,7 +74,10 @@ class Swept:
         still write 60, and of fourteen essays it goes into two.
         """
         if self.parts:
-            return r"\n".join(rf"- {re.escape(name)}: {_LINE}" for name in self.parts)
+            return r"\n".join(
+                rf"- {re.escape(name)}: [^\n]{{8,{length + _SLACK}}}[.!?]"
+                for name, length in self.parts
+            )
         if not self.figures:
             return None
         first, *_ = every = ["|".join(dict.fromkeys((str(n), f"{n:,}"))) for n in self.figures]
