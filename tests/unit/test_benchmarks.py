@@ -85,11 +85,30 @@ def test_tables_of_long_prompts(long_prompts: ModuleType) -> None:
     found = {
         "length": 100_000, "first": 30.0, "warm": [0.5, 0.7, 0.6], "restarted": 0.9, "cold": 1.5, "peak_rss": 1500.0,
         "decode": {"short": [50.0, 60.0, 40.0], "long": [45.0, 44.0, 46.0]},
-        "plain_decode": {"short": [30.0], "long": [30.0]},
+        "plain_decode": {"short": [30.0], "long": [29.0]},
     }  # fmt: skip
     text = long_prompts.server_table(found)
     assert "| first token of further questions, median | 600 ms |" in text
     assert "| 45 / 50 tok/s = 0.90 |" in text
+    assert "| the same without speculation | 29 / 30 tok/s = 0.97 |" in text
+
+
+def test_stages_of_a_question_are_medians_and_add_up(long_prompts: ModuleType) -> None:
+    import recall_stages
+
+    def stages(*seconds: float) -> recall_stages.Stages:
+        made = recall_stages.Stages()
+        made.time("JSON", lambda: None)
+        for name, wall in zip(("JSON", "  of these parsing", "prefill"), seconds, strict=True):
+            made.spent[name] = recall_stages.Spent(wall, wall / 2)
+        return made
+
+    text = recall_stages.table(
+        stages(1.0, 0.4, 2.0), [stages(0.1, 0.05, 0.2), stages(0.3, 0.1, 0.4), stages(0.2, 0.1, 9)]
+    )
+    assert "| JSON | 1000.0 | 200.0 | 100.0 |" in text
+    assert "| prefill | 2000.0 | 400.0 | 200.0 |" in text
+    assert text.endswith("| **all** | 3000.0 | 600.0 | 300.0 |")
 
 
 def test_cold_pages_leave_the_file_alone(long_prompts: ModuleType, tmp_path: Path) -> None:
