@@ -2,7 +2,7 @@
 
     form = Choice(("yes", "no"))
     form.regex                     a grammar, for our own engine
-    form.schema                    a JSON schema, for engines that only know those
+    form.schema                    a JSON schema, for other engines
     form.from_json({"answer": "no"})     "no": what the grammar would have given
     form.from_text("No, it is not.")     "No", from a reply in no enforced form; None if it is not clear
 

@@ -1,8 +1,8 @@
 """A sweep's questions to an upstream engine: see `evermini.service.mapping`.
 
-A form is asked for as a JSON schema, and the examples in the conversation are written in it. An engine that refuses the
-schema is asked for plain text from then on; one that ignores it is read as far as its reply is clear. A reply that is
-not is asked for once more, with the form said in words; after that, the sweep fails. It never goes on without a part.
+A form is asked for in words, with examples, as from our own engine: models answer best so (docs/log.md). A reply that
+is not clear is asked for once more, as a JSON schema; of an engine that refuses the schema, in words again, with the
+form said. If that is not clear either, the sweep fails. It never goes on without a part.
 """
 
 from __future__ import annotations
@@ -74,40 +74,30 @@ class UpstreamAsker:
         async with self._places:
             if form is None:
                 return await self._say(messages, max_tokens)
-            if (reply := await self._in_schema(messages, max_tokens, form)) is not None:
-                return reply
+            reply = _read(form, await self._say(messages, max(max_tokens, _LEAST_TOKENS)))
+            return reply or await self._again(messages, max_tokens, form)
+
+    async def _again(self, messages: Messages, max_tokens: int, form: Form) -> Reply:
+        """Return the reply to a question that was not answered clearly, asked in another way."""
+        kind, said = type(form), None
+        if kind not in self._served.plain_forms:
+            shown = [_as_json(message, form) for message in messages]
+            schema = {"name": kind.__name__.lower(), "strict": True, "schema": form.schema}
+            asked = {"response_format": {"type": "json_schema", "json_schema": schema}}
+            try:
+                said = await self._say(shown, max_tokens * 3 // 2 + _BRACES, **asked)
+            except ContextLengthError:
+                raise
+            except InvalidRequestError as error:
+                log.info("%s takes no schema: %s", self._served.spec.name, error.message)
+                self._served.plain_forms.add(kind)
+        if said is None:
             wanted = [*messages[:-1], _with_rule(messages[-1], form)]
-            reply, said = await self._in_words(wanted, max_tokens, form)
-            if reply is None:
-                raise _shapeless(form, said)
-            return reply
-
-    async def _in_schema(self, messages: Messages, max_tokens: int, form: Form) -> Reply | None:
-        """Return the reply to the first try, or ``None`` if it is not clear."""
-        kind = type(form)
-        if kind in self._served.plain_forms:
-            reply, _ = await self._in_words(messages, max_tokens, form)
-            return reply
-        shown = [_as_json(message, form) for message in messages]
-        schema = {"name": kind.__name__.lower(), "strict": True, "schema": form.schema}
-        asked = {"response_format": {"type": "json_schema", "json_schema": schema}}
-        try:
-            reply = await self._say(shown, max_tokens * 3 // 2 + _BRACES, **asked)
-        except ContextLengthError:
-            raise
-        except InvalidRequestError as error:
-            log.info("%s is asked for plain text: %s", self._served.spec.name, error.message)
-            self._served.plain_forms.add(kind)
-            reply, _ = await self._in_words(messages, max_tokens, form)
-            return reply
-        return _read(form, reply)
-
-    async def _in_words(
-        self, messages: Messages, max_tokens: int, form: Form
-    ) -> tuple[Reply | None, str]:
-        """Return the reply to a question without a schema, if it is clear, and what it says."""
-        reply = await self._say(messages, max(max_tokens, _LEAST_TOKENS))
-        return _read(form, reply), reply.text
+            said = await self._say(wanted, max(max_tokens, _LEAST_TOKENS))
+        reply = _read(form, said)
+        if reply is None:
+            raise _shapeless(said.text)
+        return reply
 
     async def _say(self, messages: Messages, max_tokens: int, **fields: Any) -> Reply:
         body = {
@@ -173,7 +163,7 @@ def _with_rule(message: Mapping[str, str], form: Form) -> Mapping[str, str]:
     return {**message, "content": f"{message['content']}\n\n{form.rule}."}
 
 
-def _shapeless(form: Form, said: str) -> UpstreamError:
+def _shapeless(said: str) -> UpstreamError:
     shown = said.strip()[:_SHOWN_CHARS]
     what = f"it wrote {shown!r}" if shown else "it wrote nothing within the limit"
     return UpstreamError(

@@ -47,7 +47,7 @@ class UpstreamModel:
         parallel: Questions of one sweep that the engine is sent at the same time.
 
     Attributes:
-        plain_forms: Forms of a sweep's replies whose schemas the engine has refused: they are asked for in words.
+        plain_forms: Forms of a sweep's replies whose schemas the engine has refused: they are asked for in words only.
     """
 
     def __init__(
