@@ -36,7 +36,7 @@ def cut(text: str) -> list[str]:
         ("It was a long winter for all the people of the town.\nVAR A = 3\nThey had no wood at all and cold.",
          ["It was a long winter for all the people of the town.", "VAR A = 3", "They had no wood at all and cold."]),
         ("Traceback (most recent call last):\n  He owes it to boots. File one\nKeyError: x",
-         ["Traceback (most recent call last):\n  He owes it to boots.", "File one", "KeyError: x"]),
+         ["Traceback (most recent call last):", "He owes it to boots.", "File one", "KeyError: x"]),
         ("def a(x):\n    # Add one. Or two.\n    x += 1\n", ["def a(x):\n    # Add one. Or two.\n    x += 1"]),
         ("彼は来た。彼女は帰った。", ["彼は来た。", "彼女は帰った。"]),
     ],

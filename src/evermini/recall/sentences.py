@@ -17,6 +17,7 @@ from evermini.recall.words import word_hash, words
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")
 _ABBREVIATION = r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bNo)(?<!\bMrs)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)(?<!\b[A-Z])"
 _END = re.compile(rf"{_ABBREVIATION}[.?!][\"'\u201d\u2019)\]]*\s+|[\u3002\uff01\uff1f]")
+_AFTER = re.compile(rf"{_END.pattern}|:[ \t]*\n")
 _BLOCK = re.compile(r"\s*(?:def|class|fn|func|function|struct|if|for|while|return)\b")
 _OPENS = re.compile(r"[;{})=:]$")
 _INDENTED = re.compile(r"^(?:\s{2,}|\t)\S", re.MULTILINE)
@@ -35,7 +36,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
             if not _BLOCK.match(
                 lines[0]
             ):  # a list, a log, a transcript: what is indented may be prose
-                cuts += [match.end() for match in _END.finditer(paragraph[0])]
+                cuts += [match.end() for match in _AFTER.finditer(paragraph[0])]
         else:
             cuts = [match.end() for match in _END.finditer(paragraph[0])] + _entries(lines)
         cuts = sorted({0, *(at for at in cuts if at < end - start), end - start})
