@@ -9,7 +9,7 @@ functions return, which it would describe rather than quote:
 [queue.py, lines 10-50 of 310: def qsize is defined in queue.py on line 21 and returns len(self._queue)]
 
 At the end, that stands once more, and so do the sentences that are closest to the question:
-[End of the excerpts: def qsize is defined in queue.py on line 21 and returns len(self._queue). Closest to the question:]
+[End of the excerpts: def qsize is defined in queue.py on line 21 and returns len(self._queue). Closest to ...:]
 > The harbour master is called Anna.
 
 Nothing is left out in silence: the marks say what is missing, and `Excerpts.left_out` lists spans that were chosen and
