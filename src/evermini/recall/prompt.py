@@ -8,8 +8,8 @@ In code, definitions of what the question names are pointed out, since a small m
 functions return, which it would describe rather than quote:
 [queue.py, lines 10-50 of 310: def qsize is defined in queue.py on line 21 and returns len(self._queue)]
 
-At the end, that stands once more, and so do the sentences that are closest to the question:
-[End of the excerpts: def qsize is defined in queue.py on line 21 and returns len(self._queue). Closest to ...:]
+At the end, the sentences that are closest to the question stand once more:
+[End of the excerpts. Closest to the question:]
 > The harbour master is called Anna.
 
 Nothing is left out in silence: the marks say what is missing, and `Excerpts.left_out` lists spans that were chosen and
@@ -19,15 +19,15 @@ did not fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from evermini.recall.definitions import DEFINITION, returned
 from evermini.recall.segment import Segment
 from evermini.recall.sentences import hashes, sentences, weight_of
 
-_END = "\n[End of the excerpts{defined}]\n\n"
-_CLOSEST = "\n[End of the excerpts{defined}. Closest to the question:]\n{sentences}\n\n"
+_END = "\n[End of the excerpts]\n\n"
+_CLOSEST = "\n[End of the excerpts. Closest to the question:]\n{sentences}\n\n"
 _ALIKE = 0.8
 """A sentence is shown once more if it has this share of what the best one has of the question's words, by weight."""
 _LEAST = 0.2
@@ -111,10 +111,10 @@ def excerpts(
         hops: What is looked for (`evermini.recall.select.Ranking.hops`): with ``mark_end``, sentences that have it are
             shown once more.
     """
-    names = frozenset(re.findall(r"\w+", question))
     closest = _closest(segments, spans, hops) if mark_end and spans else []
     if mark_end and spans:
-        max_tokens -= count_tokens(_closing(segments, closest, spans, names))
+        max_tokens -= count_tokens(_closing(segments, closest))
+    names = frozenset(re.findall(r"\w+", question))
     ranked = sorted(spans, key=lambda span: -span.score)
     included: list[Span] = []
     left_out: list[Span] = []
@@ -131,8 +131,7 @@ def excerpts(
     included.sort(key=lambda span: (span.segment, span.tokens))
     if included and mark_end:
         kept = shown_ranges(segments, included)
-        closest = [place for place in closest if any(_holds(whole, place) for whole in kept)]
-        text += _closing(segments, closest, included, names)
+        text += _closing(segments, [p for p in closest if any(_holds(k, p) for k in kept)])
         tokens = count_tokens(text)
     return Excerpts(text, tokens, tuple(included), tuple(left_out), omitted)
 
@@ -180,26 +179,15 @@ def _adds(sentence: str, wanted: Mapping[int, float], missing: Mapping[int, floa
     return about or weight_of(sentence, missing) >= _LEAST * sum(missing.values())
 
 
-def _closing(
-    segments: Sequence[Segment],
-    closest: Sequence[Range],
-    spans: Sequence[Span],
-    names: Collection[str],
-) -> str:
-    """Return what stands after the excerpts: that they end, what they define, the sentences closest to the question."""
-    places = (
-        place
-        for number, start, end in shown_ranges(segments, spans)
-        for place in _definitions(segments[number], start, end, names)
-    )
-    defined = _listed(places)
+def _closing(segments: Sequence[Segment], closest: Sequence[Range]) -> str:
+    """Return what stands after the excerpts: that they end, and the sentences closest to the question."""
     if not closest:
-        return _END.format(defined=defined)
+        return _END
     texts = (
         _on_one_line(segments[number].text[start:end].strip()) for number, start, end in closest
     )
     quoted = (f"> {line}" for text in dict.fromkeys(texts) for line in text.splitlines())
-    return _CLOSEST.format(defined=defined, sentences="\n".join(quoted))
+    return _CLOSEST.format(sentences="\n".join(quoted))
 
 
 def shown_ranges(segments: Sequence[Segment], spans: Sequence[Span]) -> list[Range]:
@@ -236,7 +224,7 @@ def _write(
             lines = segment.line_of(start), segment.line_of(max(start, end - 1))
             shown = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]}-{lines[1]}"
             place = f"{label}{_pages(segment, start, end)}{shown} of {total}"
-            defined = _listed(_definitions(segment, start, end, names))
+            defined = _definitions(segment, start, end, names)
             parts.append(f"[{place}{defined}]\n{segment.text[start:end].strip(chr(10))}\n")
             at = before + end - start
         length = sum(len(segments[i].text) for i in group)
@@ -252,21 +240,20 @@ def _write(
     return "\n".join([head, *parts]), omitted
 
 
-def _definitions(segment: Segment, start: int, end: int, names: Collection[str]) -> Iterator[str]:
+def _definitions(segment: Segment, start: int, end: int, names: Collection[str]) -> str:
     """Say on which lines of a range the named classes and functions are defined, and what the latter return."""
     where = f"in {segment.name} " if segment.name else ""
-    for match in DEFINITION.finditer(segment.text, start, end):
-        if match[2] in names:
-            place = (
-                f"{match[1]} {match[2]} is defined {where}on line {segment.line_of(match.start(1))}"
-            )
-            values = returned(segment.text, match)
-            yield f"{place} and returns {' or '.join(values)}" if values else place
-
-
-def _listed(places: Iterable[str]) -> str:
-    listed = ", ".join(places)
-    return f": {listed}" if listed else ""
+    places = [
+        f"{match[1]} {match[2]} is defined {where}on line {segment.line_of(match.start(1))}"
+        + (
+            f" and returns {' or '.join(values)}"
+            if (values := returned(segment.text, match))
+            else ""
+        )
+        for match in DEFINITION.finditer(segment.text, start, end)
+        if match[2] in names
+    ]
+    return f": {', '.join(places)}" if places else ""
 
 
 def _pages(segment: Segment, start: int, end: int) -> str:
