@@ -116,18 +116,21 @@ def excerpts(
         max_tokens -= count_tokens(_closing(segments, closest))
     names = frozenset(re.findall(r"\w+", question))
     ranked = sorted(spans, key=lambda span: -span.score)
-    included: list[Span] = []
-    left_out: list[Span] = []
-    text, omitted = _write(segments, (), len(ranked), names)
+    included, left_out = list(ranked), list[Span]()
+    text, omitted = _write(segments, included, len(ranked), names)
     tokens = count_tokens(text)
-    for span in ranked:
-        candidate, rest = _write(segments, [*included, span], len(ranked), names)
-        length = count_tokens(candidate)
-        if length <= max_tokens:
-            included.append(span)
-            text, omitted, tokens = candidate, rest, length
-        else:
-            left_out.append(span)
+    if included and tokens > max_tokens:
+        included = []
+        text, omitted = _write(segments, (), len(ranked), names)
+        tokens = count_tokens(text)
+        for span in ranked:
+            candidate, rest = _write(segments, [*included, span], len(ranked), names)
+            length = count_tokens(candidate)
+            if length <= max_tokens:
+                included.append(span)
+                text, omitted, tokens = candidate, rest, length
+            else:
+                left_out.append(span)
     included.sort(key=lambda span: (span.segment, span.tokens))
     if included and mark_end:
         kept = shown_ranges(segments, included)
