@@ -212,6 +212,20 @@ def test_a_scanned_page_is_read_by_text_recognition(reader):
     assert seen == [1, 2]
 
 
+@pytest.mark.parametrize(("lies", "rotate"), [(0, 90), (90, 90), (90, 0)])
+def test_a_scan_is_read_however_it_lies_and_its_page_says_it_is_turned(reader, lies, rotate):
+    """A page that says it is turned is turned first, rightly (90, 90) or not, then as its text says."""
+    data = io.BytesIO()
+    lines = ["Corner Shop in Oslo", "Coffee and a cake 3.20", "TOTAL of it all 17.45"]
+    text_image(lines).rotate(lies, expand=True).save(data, "PDF")
+    pdf = data.getvalue().replace(b"/Type /Page\n", b"/Type /Page /Rotate %d\n" % rotate)
+    assert b"/Rotate" in pdf
+    document = read_document(
+        pdf, "scan.pdf", read_page=lambda image, number: lay_out(reader.read(image))
+    )
+    assert document.text.split() == ["[page", "1]", *" ".join(lines).split()]
+
+
 def test_scans_are_bounded_and_empty_pages_are_none(monkeypatch: pytest.MonkeyPatch):
     data = io.BytesIO()
     page = text_image(["Invoice 4711"])
