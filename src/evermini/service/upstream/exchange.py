@@ -50,6 +50,7 @@ class Exchange:
             await self._accepted
         except BaseException:
             self.close()
+            await self._closing()
             raise
 
     async def replies(self) -> AsyncGenerator[Json, None]:
@@ -66,6 +67,7 @@ class Exchange:
                 yield news
         finally:
             self.close()
+            await self._closing()
 
     def end(self, error: Exception) -> None:
         """End the request with an error. Called from any thread."""
@@ -77,6 +79,11 @@ class Exchange:
         self._served.remove(self)
         if self._task is not None and not self._task.cancelling():
             self._task.cancel()  # once: a second time would interrupt the closing of the connection
+
+    async def _closing(self) -> None:
+        """Wait until the connection is closed: the loop may end with this request."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
 
     async def _run(self) -> None:
         try:
