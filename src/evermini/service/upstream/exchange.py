@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
 
+from anyio import CancelScope
+
 from evermini.recall.recall import Progress
 from evermini.service.reading import OnProgress
 from evermini.service.swept import SweepProgress
@@ -36,6 +38,8 @@ class Exchange:
         self._accepted: asyncio.Future[None] = self._loop.create_future()
         self._news: asyncio.Queue[Json | Exception | None] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
+        # Not `Task.cancel`: httpcore closes connections, those of other requests too, behind shields against scopes.
+        self._scope = CancelScope()
 
     async def start(self) -> None:
         """Send the request; return when the engine has accepted it, or, if it answers whole, has answered.
@@ -77,8 +81,7 @@ class Exchange:
     def close(self) -> None:
         """End the request if it still runs; does nothing the second time."""
         self._served.remove(self)
-        if self._task is not None and not self._task.cancelling():
-            self._task.cancel()  # once: a second time would interrupt the closing of the connection
+        self._scope.cancel()
 
     async def _closing(self) -> None:
         """Wait until the connection is closed: the loop may end with this request."""
@@ -86,24 +89,28 @@ class Exchange:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        try:
-            client = self._served.client
-            if not self._body.get("stream"):
-                self._news.put_nowait(await client.post(self._path, self._body))
+        with self._scope:
+            try:
+                await self._ask()
+                self._news.put_nowait(None)
+            except Exception as error:
+                self._fail(error)
+
+    async def _ask(self) -> None:
+        client = self._served.client
+        if not self._body.get("stream"):
+            self._news.put_nowait(await client.post(self._path, self._body))
+            self._accept()
+            return
+        async with client.stream(self._path, self._body) as events, aclosing(events):
+            if self._progress is None:
                 self._accept()
-            else:
-                async with client.stream(self._path, self._body) as events, aclosing(events):
-                    if self._progress is None:
-                        self._accept()
-                    async for event in events:
-                        if self._progress is not None and (report := _report(event)) is not None:
-                            self._progress(report)
-                            continue
-                        self._news.put_nowait(event)
-                        self._accept()
-            self._news.put_nowait(None)
-        except Exception as error:
-            self._fail(error)
+            async for event in events:
+                if self._progress is not None and (report := _report(event)) is not None:
+                    self._progress(report)
+                    continue
+                self._news.put_nowait(event)
+                self._accept()
 
     def _accept(self) -> None:
         if not self._accepted.done():
