@@ -29,13 +29,11 @@ def sentences(text: str) -> list[tuple[int, int]]:
     for paragraph in _PARAGRAPH.finditer(text):
         start, end = paragraph.span()
         lines = paragraph[0].splitlines(keepends=True)
-        if _INDENTED.search("".join(lines[1:])) and (
-            _BLOCK.match(lines[0]) or _OPENS.search(lines[0].rstrip())
-        ):
+        is_block = _BLOCK.match(lines[0]) is not None
+        opens = is_block or _OPENS.search(lines[0].rstrip())
+        if opens and _INDENTED.search("".join(lines[1:])):
             cuts = [at for at, line in _starts(lines) if not line[:1].isspace()]
-            if not _BLOCK.match(
-                lines[0]
-            ):  # a list, a log, a transcript: what is indented may be prose
+            if not is_block:  # a list, a log, a transcript: what is indented may be prose
                 cuts += [match.end() for match in _AFTER.finditer(paragraph[0])]
         else:
             cuts = [match.end() for match in _END.finditer(paragraph[0])] + _entries(lines)
