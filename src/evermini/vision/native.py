@@ -28,7 +28,7 @@ from evermini.models.encoder import (
 )
 from evermini.models.packed import pack_linear
 from evermini.models.rms_norm import rms_norm
-from evermini.vision.network import BeforePiece, seen_patches
+from evermini.vision.network import BeforePiece, idefics_classes, seen_patches
 
 Read = Callable[[str], Tensor]
 """Returns a parameter by the name that it has in `evermini.vision.network`."""
@@ -160,16 +160,7 @@ class NativeIdefics:
     def __init__(self, config: Any, weights: Mapping[str, Tensor]) -> None:
         self._vision = vision = config.vision_config
         self._weights = weights
-        if config.model_type == "smolvlm":
-            from transformers.models.smolvlm import modeling_smolvlm
-
-            embeddings = modeling_smolvlm.SmolVLMVisionEmbeddings
-            connector = modeling_smolvlm.SmolVLMConnector
-        else:
-            from transformers.models.idefics3 import modeling_idefics3
-
-            embeddings = modeling_idefics3.Idefics3VisionEmbeddings
-            connector = modeling_idefics3.Idefics3Connector
+        embeddings, _, connector = idefics_classes(config)
         with torch.device("meta"):
             self._embeddings: Any = embeddings(vision)
             self._connector: Any = connector(config)

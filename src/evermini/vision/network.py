@@ -112,16 +112,7 @@ class TorchIdefics(TorchNetwork):
     @staticmethod
     def build(config: Any) -> Modules:
         """Return the modules; see `TorchNetwork.build`."""
-        if config.model_type == "smolvlm":
-            from transformers.models.smolvlm import modeling_smolvlm
-
-            vision = modeling_smolvlm.SmolVLMVisionTransformer
-            connector = modeling_smolvlm.SmolVLMConnector
-        else:
-            from transformers.models.idefics3 import modeling_idefics3
-
-            vision = modeling_idefics3.Idefics3VisionTransformer
-            connector = modeling_idefics3.Idefics3Connector
+        _, vision, connector = idefics_classes(config)
         return {
             "vision_model.": vision._from_config(config.vision_config),
             "connector.": connector(config),
@@ -134,6 +125,29 @@ class TorchIdefics(TorchNetwork):
         seen = vision(pixel_values=values, patch_attention_mask=is_seen.to(self._device))
         rows: Tensor = self._modules["connector."](seen.last_hidden_state)
         return rows.flatten(0, 1)
+
+
+def idefics_classes(config: Any) -> tuple[Any, Any, Any]:
+    """Return the classes of `transformers`: of the vision embeddings, the vision transformer and the connector.
+
+    Args:
+        config: The checkpoint's, of `transformers`.
+    """
+    if config.model_type == "smolvlm":
+        from transformers.models.smolvlm import modeling_smolvlm as smolvlm
+
+        return (
+            smolvlm.SmolVLMVisionEmbeddings,
+            smolvlm.SmolVLMVisionTransformer,
+            smolvlm.SmolVLMConnector,
+        )
+    from transformers.models.idefics3 import modeling_idefics3 as idefics3
+
+    return (
+        idefics3.Idefics3VisionEmbeddings,
+        idefics3.Idefics3VisionTransformer,
+        idefics3.Idefics3Connector,
+    )
 
 
 def seen_patches(pixels: Mapping[str, Tensor], patch: int) -> Tensor:
