@@ -74,3 +74,34 @@ def test_damage_is_told_by_name(evermini, ingested):
     assert result.code == 1
     assert f"segment {digest[:12]}: chunk 0 damaged (lib/part1/f4.py)" in result.out
     assert "11 checked, 1 damaged parts" in result.out
+
+
+def test_nothing_ingested_is_said_and_no_error(evermini, tmp_path, monkeypatch):
+    monkeypatch.setenv("EVERMINI_HOME", str(tmp_path / "empty"))
+    listed = evermini("contexts", "ls")
+    assert (listed.code, listed.out) == (0, "")
+    assert "Nothing is ingested" in listed.err
+    for command in ("rm", "show"):
+        assert evermini("contexts", command, "all").code == 0
+        missing = evermini("contexts", command, "notes.txt")
+        assert missing.code == 1
+        assert "No ingested text 'notes.txt'" in missing.err
+    assert "0 checked, 0 damaged" in evermini("contexts", "verify").out
+
+
+@pytest.mark.parametrize("content", ["{}", None])
+def test_an_index_of_another_version_is_listed_and_goes(evermini, ingested, content):
+    folder = ingested.store.folder
+    calibration = folder / "calibration.json"
+    if content is None:  # as this version writes it, but of other windows: another fingerprint
+        folder.rename(folder.with_name("0123456789abcdef"))
+    else:
+        calibration.write_text(content)
+    assert len(lines(evermini("contexts", "ls", "--all"))) == 11
+    assert "another version" in evermini("contexts", "show", "notes.txt").out
+    verified = evermini("contexts", "verify")
+    assert verified.code == 0
+    assert "0 checked" in verified.out
+    assert "11 of another version, not checked" in verified.out
+    assert len(lines(evermini("contexts", "rm", "all"))) == 11
+    assert lines(evermini("contexts", "ls")) == []

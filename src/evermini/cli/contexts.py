@@ -5,16 +5,18 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from evermini.cli.options import with_settings
-from evermini.config import LoadedSettings, Settings
+from evermini.config import LoadedSettings
 
 if TYPE_CHECKING:
-    from evermini.recall.store import SegmentInfo, SegmentStore
+    from evermini.recall.store import SegmentInfo
 
 _DIGEST_SHOWN = 12
 _DIGEST = re.compile(r"[0-9a-f]{6,40}")
@@ -38,7 +40,7 @@ def ls(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]",
+            metavar="NAME",
             help="What to list: name, folder/, glob or digest; each text on a line of its own.",
         ),
     ] = None,
@@ -47,9 +49,12 @@ def ls(
     ] = False,
 ) -> None:
     """List what was ingested, the most recently used first; a folder of texts is one line."""
-    found = _all(loaded.settings)
-    if names:
-        found = [info for _, info in _matching(loaded.settings, names)]
+    from evermini.recall.store import list_segments
+
+    home = loaded.settings.home
+    found = _matching(home, names) if names else list_segments(home)
+    if not found:
+        print("Nothing is ingested. See `evermini ingest --help`.", file=sys.stderr)
     for name, group in _grouped(found, apart=every or bool(names)):
         print(_line(name, group))
 
@@ -58,10 +63,7 @@ def ls(
 @with_settings("home")
 def show(loaded: LoadedSettings, names: _WhichArgument) -> None:
     """Show texts' indexes: size, progress, place."""
-    found = _matching(loaded.settings, names)
-    for number, (store, info) in enumerate(found):
-        segment = store.open(info.digest)
-        done = "damaged" if segment is None else f"{segment.chunks_done()} of {segment.num_chunks}"
+    for number, info in enumerate(_matching(loaded.settings.home, names)):
         if number:
             print()
         print(f"name        {info.name or '(none)'}")
@@ -69,7 +71,7 @@ def show(loaded: LoadedSettings, names: _WhichArgument) -> None:
         print(f"index       {info.fingerprint}")
         print(f"tokens      {info.num_tokens:,}")
         print(f"bytes       {info.num_bytes:,}")
-        print(f"chunks done {done}")
+        print(f"chunks done {_chunks_done(loaded.settings.home, info)}")
         print(f"begins      {info.preview}")
 
 
@@ -78,9 +80,11 @@ def show(loaded: LoadedSettings, names: _WhichArgument) -> None:
 def rm(loaded: LoadedSettings, names: _WhichArgument) -> None:
     """Delete texts' indexes from the disk."""
     from evermini.errors import OverloadedError
+    from evermini.recall.store import remove_segment
 
-    for store, info in _matching(loaded.settings, names):
-        if not store.remove(info.fingerprint, info.digest):
+    home = loaded.settings.home
+    for info in _matching(home, names):
+        if not remove_segment(home, info.fingerprint, info.digest):
             raise OverloadedError(
                 f"{info.name or info.digest[:_DIGEST_SHOWN]} is being ingested right now. Try again later."
             )
@@ -91,45 +95,49 @@ def rm(loaded: LoadedSettings, names: _WhichArgument) -> None:
 @with_settings("home")
 def verify(loaded: LoadedSettings) -> None:
     """Read everything and name what is damaged; its next use computes that part again."""
-    from evermini.recall.store import all_stores
+    from evermini.recall.store import all_stores, list_segments
 
-    names = {info.digest: info.name for info in _all(loaded.settings)}
-    damage = [item for store in all_stores(loaded.settings.home) for item in store.verify()]
+    stores = all_stores(loaded.settings.home)
+    ours = {store.calibration.fingerprint for store in stores}
+    present = list_segments(loaded.settings.home)
+    checked = [info for info in present if info.fingerprint in ours]
+    names = {info.digest: info.name for info in checked}
+    damage = [item for store in stores for item in store.verify()]
     for item in damage:
         name = names.get(item.digest)
         print(f"{item} ({name})" if name else item)
-    print(f"{len(names)} checked, {len(damage)} damaged parts")
+    print(f"{len(checked)} checked, {len(damage)} damaged parts")
+    if others := len(present) - len(checked):
+        print(f"{others} of another version, not checked. `evermini contexts rm` deletes them.")
     if damage:
         raise typer.Exit(1)
 
 
-def _all(settings: Settings) -> list[SegmentInfo]:
+def _chunks_done(home: Path, info: SegmentInfo) -> str:
     from evermini.recall.store import all_stores
 
-    stores = all_stores(settings.home)
-    return stores[0].list_all() if stores else []
+    for store in all_stores(home):
+        if store.calibration.fingerprint == info.fingerprint:
+            segment = store.open(info.digest)
+            if segment is None:
+                return "damaged"
+            return f"{segment.chunks_done()} of {segment.num_chunks}"
+    return "not known: an index of another version"
 
 
-def _matching(settings: Settings, names: Sequence[str]) -> list[tuple[SegmentStore, SegmentInfo]]:
+def _matching(home: Path, names: Sequence[str]) -> list[SegmentInfo]:
     """Return the texts that are meant, each once, the most recently used first."""
     from evermini.errors import NotFoundError
-    from evermini.recall.store import all_stores
+    from evermini.recall.store import list_segments
 
-    stores = {store.calibration.fingerprint: store for store in all_stores(settings.home)}
-    present = _all(settings)
+    present = list_segments(home)
     meant: set[tuple[str, str]] = set()
     for name in names:
         found = {(i.fingerprint, i.digest) for i in present if _is_meant(i, name)}
         if not found and name != "all":
             raise NotFoundError(f"No ingested text {name!r}. See `evermini contexts ls --all`.")
         meant |= found
-    # An index of another version has no store of its own, but can be removed through any.
-    any_store = next(iter(stores.values()))
-    return [
-        (stores.get(i.fingerprint, any_store), i)
-        for i in present
-        if (i.fingerprint, i.digest) in meant
-    ]
+    return [info for info in present if (info.fingerprint, info.digest) in meant]
 
 
 def _is_meant(info: SegmentInfo, name: str) -> bool:

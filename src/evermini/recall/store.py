@@ -30,7 +30,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from evermini.errors import InsufficientStorageError, RecallDiskError, StorageError, is_disk_full
+from evermini.errors import (
+    InsufficientStorageError,
+    ModelError,
+    RecallDiskError,
+    StorageError,
+    is_disk_full,
+)
 from evermini.recall.calibration import Calibration
 from evermini.recall.passages import block_starts, passage_starts
 from evermini.recall.scan import quantize_keys
@@ -42,6 +48,7 @@ _TOKENS_MAGIC = b"EVRTOK3\0"
 _RECORD = struct.Struct("<8sIII44x")  # magic, chunk, tokens, crc32
 _RECORD_MAGIC = b"EVRKEY1\0"
 _PREVIEW_CHARS = 120
+_FOLDER = "recall"
 _CALIBRATION = "calibration.json"
 
 
@@ -227,8 +234,8 @@ class SegmentStore:
     """
 
     def __init__(self, home: Path, calibration: Calibration, max_bytes: int | None = None) -> None:
-        self.root = home / "recall"
-        self.folder = self.root / calibration.fingerprint
+        self.home = home
+        self.folder = home / _FOLDER / calibration.fingerprint
         self.calibration = calibration
         self.max_bytes = max_bytes
 
@@ -276,13 +283,13 @@ class SegmentStore:
     @contextmanager
     def writing(self, digest: str) -> Iterator[None]:
         """Be the only writer of a segment, among threads and processes; waits."""
-        with self._lock(self.calibration.fingerprint, digest):
+        lock = _lock(self.home, self.calibration.fingerprint, digest)
+        with _translated():
+            lock.acquire()
+        try:
             yield
-
-    def _lock(self, fingerprint: str, digest: str) -> FileLock:
-        folder = self.root / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder / f"{fingerprint}-{digest}.lock", thread_local=False)
+        finally:
+            lock.release()
 
     def make_room(self, num_bytes: int, keep: Sequence[str] = ()) -> list[SegmentInfo]:
         """Evict least recently used segments until ``num_bytes`` more fit under the cap.
@@ -319,42 +326,11 @@ class SegmentStore:
 
     def list_all(self) -> list[SegmentInfo]:
         """Return every segment on disk, of all indexes, the most recently used first."""
-        found = []
-        for path in self.root.glob("*/*.tokens"):
-            try:
-                tokens = read_tokens(path)
-                num_tokens, preview = len(tokens.ids), tokens.preview
-                keys, stat = path.with_suffix(".keys"), path.stat()
-                size = stat.st_size + (keys.stat().st_size if keys.exists() else 0)
-            except FileNotFoundError:
-                continue
-            except _DamagedTokensError:
-                stat = path.stat()
-                num_tokens, preview, size = 0, "(damaged, or of another version)", stat.st_size
-            name, _, preview = preview.rpartition("\n")
-            found.append(
-                SegmentInfo(
-                    path.parent.name,
-                    path.stem,
-                    num_tokens,
-                    size,
-                    stat.st_mtime,
-                    preview,
-                    name or None,
-                )
-            )
-        return sorted(found, key=lambda info: -info.last_used)
+        return list_segments(self.home)
 
     def remove(self, fingerprint: str, digest: str) -> bool:
         """Delete a segment, unless someone is writing it."""
-        lock = self._lock(fingerprint, digest)
-        try:
-            with lock.acquire(blocking=False):
-                for suffix in ("tokens", "keys"):
-                    (self.root / fingerprint / f"{digest}.{suffix}").unlink(missing_ok=True)
-        except Timeout:
-            return False
-        return True
+        return remove_segment(self.home, fingerprint, digest)
 
     def verify(self) -> list[Damage]:
         """Read everything of this index and return what is damaged."""
@@ -372,11 +348,60 @@ class SegmentStore:
 def all_stores(home: Path) -> list[SegmentStore]:
     """Return every index of this version under a home folder."""
     stores = []
-    for path in sorted((home / "recall").glob(f"*/{_CALIBRATION}")):
-        store = SegmentStore(home, Calibration.from_json(path.read_text()))
+    for path in sorted((home / _FOLDER).glob(f"*/{_CALIBRATION}")):
+        try:
+            store = SegmentStore(home, Calibration.from_json(path.read_text()))
+        except ModelError:  # written by another version
+            continue
         if store.folder == path.parent:
             stores.append(store)
     return stores
+
+
+def list_segments(home: Path) -> list[SegmentInfo]:
+    """Return every segment on disk, of all indexes and versions, the most recently used first."""
+    found = []
+    for path in (home / _FOLDER).glob("*/*.tokens"):
+        try:
+            stat, keys = path.stat(), path.with_suffix(".keys")
+            size = stat.st_size + (keys.stat().st_size if keys.exists() else 0)
+            tokens = read_tokens(path)
+            num_tokens, preview = len(tokens.ids), tokens.preview
+        except FileNotFoundError:
+            continue
+        except _DamagedTokensError:
+            num_tokens, preview = 0, "(damaged, or of another version)"
+        name, _, preview = preview.rpartition("\n")
+        found.append(
+            SegmentInfo(
+                path.parent.name,
+                path.stem,
+                num_tokens,
+                size,
+                stat.st_mtime,
+                preview,
+                name or None,
+            )
+        )
+    return sorted(found, key=lambda info: -info.last_used)
+
+
+def remove_segment(home: Path, fingerprint: str, digest: str) -> bool:
+    """Delete a segment of any index and version, unless someone is writing it."""
+    try:
+        with _lock(home, fingerprint, digest).acquire(blocking=False):
+            for suffix in ("tokens", "keys"):
+                (home / _FOLDER / fingerprint / f"{digest}.{suffix}").unlink(missing_ok=True)
+    except Timeout:
+        return False
+    return True
+
+
+def _lock(home: Path, fingerprint: str, digest: str) -> FileLock:
+    folder = home / _FOLDER / ".locks"
+    with _translated():
+        folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f"{fingerprint}-{digest}.lock", thread_local=False)
 
 
 class _DamagedTokensError(Exception):
