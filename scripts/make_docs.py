@@ -104,7 +104,8 @@ def _markdown(text: str) -> str:
 
 def _argument(param: Any) -> str:
     name = param.metavar or param.name.upper()
-    return name if param.required or name.startswith("[") else f"[{name}]"
+    shown = name if param.required else f"[{name}]"
+    return shown if param.nargs == 1 else f"{shown}..."
 
 
 def _names(param: Any) -> str:

@@ -1,5 +1,6 @@
 """The rest of the command line: version, help, config, doctor, and how errors end a command."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -76,6 +77,28 @@ def test_wrong_settings_end_with_2_and_failures_with_1(evermini, home, monkeypat
     result = evermini("rm", "absent")
     assert result.code == 1
     assert result.err.startswith("Error: No tier 'absent'.")
+
+
+@pytest.mark.parametrize("command", ["keys ls", "usage", "tune ls", "gc", "pull nano"])
+def test_a_home_that_is_no_folder_is_an_error_and_no_traceback(
+    evermini, tmp_path, monkeypatch, command
+):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("EVERMINI_HOME", str(tmp_path / "file"))
+    result = evermini(*command.split())
+    assert (result.code, result.out) == (1, "")
+    assert str(tmp_path / "file") in result.err
+    assert "Traceback" not in result.err
+
+
+def test_evaluations_ask_for_their_packages_before_they_begin(evermini, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "matplotlib" else real(name)
+    )
+    result = evermini("eval", "needle", "-m", "nano")
+    assert result.code == 2
+    assert "(matplotlib). Run: pip install 'evermini[evals]'" in result.err
 
 
 def test_debug_shows_the_traceback(home):

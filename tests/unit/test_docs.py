@@ -54,6 +54,12 @@ def test_generated_pages_are_up_to_date():
     assert check.returncode == 0, check.stderr
 
 
+def test_every_flag_is_explained():
+    flags = re.findall(r"^- `--.*", (ROOT / "docs" / "cli.md").read_text(), flags=re.MULTILINE)
+    assert len(flags) > 100
+    assert [flag for flag in flags if re.search(r": (None|Default)", flag)] == []
+
+
 def test_the_readme_lists_the_catalogue():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for entry in CATALOGUE:

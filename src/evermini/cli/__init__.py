@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -85,10 +85,19 @@ def main() -> None:
     try:
         app(prog_name="evermini")
     except EverminiError as error:
-        if os.environ.get("EVERMINI_DEBUG"):
+        _fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if error.filename is None:
             raise
-        from rich.console import Console
-        from rich.text import Text
+        _fail(f"{error.filename}: {error.strerror}. Check the path, its permissions and the disk.")
 
-        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+def _fail(message: str, *, code: int = 1) -> NoReturn:
+    """Print an error and exit; called while it is handled, so that it can be shown in full."""
+    if os.environ.get("EVERMINI_DEBUG"):
+        raise
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(f"Error: {message}", style="red"))
+    sys.exit(code)

@@ -6,13 +6,13 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from evermini.cli.options import MODEL_SETTINGS, with_settings
 from evermini.config import LoadedSettings
-from evermini.errors import InvalidRequestError
+from evermini.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
     from evermini.evals.cases import CasePlan
@@ -50,13 +50,9 @@ Hay = Annotated[str, typer.Option(help="What the texts are made of: prose, essay
 Tail = Annotated[
     str, typer.Option(help="Tokens that the system `window` reads: the end of the text.")
 ]
+_DENSE = "Tokens that the system `dense` reads at most; longer texts are left out."
 Dense = Annotated[
-    str,
-    typer.Option(
-        help="Tokens that the system `dense` reads at most.",
-        show_default="the model's window",
-        metavar="LENGTH",
-    ),
+    str, typer.Option(help=_DENSE, show_default="the model's window", metavar="LENGTH")
 ]
 Workers = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
 
@@ -165,7 +161,7 @@ def ruler(
     seed: Seed = 0,
     hay: Hay = "essays",
     tail: Tail = "8k",
-    dense: Dense = "8k",
+    dense: Annotated[str, typer.Option(help=_DENSE, metavar="LENGTH")] = "8k",
     workers: Workers = 4,
 ) -> None:
     """Run RULER's thirteen tasks: needles in noise and essays, variables, word counts, questions among documents.
@@ -258,10 +254,11 @@ def tools(
     ] = "simple_python,multiple,parallel,parallel_multiple,irrelevance,live_simple",
     questions: Annotated[
         int | None,
-        typer.Option(min=1, help="Of each category at most, evenly spread; default all."),
+        typer.Option(min=1, help="Of each category at most, evenly spread.", show_default="all"),
     ] = None,
     choice: Annotated[
-        str, typer.Option(help="tool_choice: auto, as on the leaderboard, or required.")
+        Literal["auto", "required"],
+        typer.Option(help="tool_choice: auto, as on the leaderboard, or required."),
     ] = "auto",
     workers: Workers = 4,
 ) -> None:
@@ -295,7 +292,7 @@ def ifeval(
     data: Data = Path("data"),
     out: Out = Path("eval-ifeval"),
     prompts: Annotated[int, typer.Option(min=1, help="The first so many of the 541.")] = 541,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 1280,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 1280,
     workers: Workers = 32,
 ) -> None:
     """Run IFEval: are instructions followed that a program can check, such as "no commas"?"""
@@ -350,6 +347,7 @@ def _session(
     from evermini.evals.systems import parse_systems
 
     chosen = parse_systems(systems)
+    _check_packages()
     settings = loaded.settings
     with open_llm(settings) as llm:
         model = {
@@ -363,6 +361,17 @@ def _session(
             "dense_tokens": parse_lengths(dense)[0],
         }
         yield llm, Results(out, config | model | rest)
+
+
+def _check_packages() -> None:
+    """Refuse to begin what would fail after hours, when the baseline or the pictures are due."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("bm25s", "Stemmer", "matplotlib") if find_spec(name) is None]:
+        raise ConfigError(
+            f"Evaluations need packages that are not installed ({', '.join(missing)}). Run: pip install "
+            "'evermini[evals]'"
+        )
 
 
 def _haystacks(data: Path, hay: str, llm: LLM) -> Haystacks:

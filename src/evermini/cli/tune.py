@@ -33,14 +33,25 @@ Validation = Annotated[
     Path | None,
     typer.Option(help="Examples to measure on.", exists=True, dir_okay=False, show_default="none"),
 ]
-MethodFlag = Annotated[Literal["supervised", "dpo"], typer.Option(help="What the lines are.")]
-Epochs = Annotated[int | None, typer.Option(min=1, max=50, show_default="auto")]
+MethodFlag = Annotated[
+    Literal["supervised", "dpo"],
+    typer.Option(
+        help="What the lines are: conversations, or pairs of a better and a worse answer."
+    ),
+]
+Epochs = Annotated[
+    int | None,
+    typer.Option(min=1, max=50, help="Times that every example is seen.", show_default="auto"),
+]
 Batch = Annotated[
     int | None, typer.Option(min=1, max=256, help="Examples per step.", show_default="auto")
 ]
 Rate = Annotated[
     float | None,
-    typer.Option(help="Learning rate, in ten-thousandths.", show_default="auto"),
+    typer.Option(
+        help="Multiplier of the learning rate 0.0001, as learning_rate_multiplier of the API.",
+        show_default="auto",
+    ),
 ]
 JobArgument = Annotated[str, typer.Argument(help="The job's id.", metavar="JOB")]
 
@@ -55,10 +66,9 @@ def check(
     epochs: Epochs = None,
 ) -> None:
     """Check a file of examples, count its tokens, and estimate time and cost. Trains nothing."""
-    from evermini.models import pull
-    from evermini.models.checkpoint import open_checkpoint
+    from evermini.cli.pull import download_bar
     from evermini.service.fine_tuning.spec import MIN_EXAMPLES, TrainingSpec, TuningOptions
-    from evermini.service.loading import what_to_serve
+    from evermini.service.loading import open_model, what_to_serve
     from evermini.text.chat import ChatTemplate
     from evermini.text.tokenizer import Tokenizer
     from evermini.tuning.check import summary
@@ -67,10 +77,9 @@ def check(
 
     settings = loaded.settings
     name = settings.models[0]
-    entry, source = what_to_serve(name)
-    checkpoint = open_checkpoint(
-        pull.ensure(source, home=settings.home, weights_dir=settings.weights_dir)
-    )
+    entry, _ = what_to_serve(name)
+    with download_bar(name) as progress:
+        checkpoint = open_model(name, settings, progress=progress)
     tokenizer = Tokenizer(checkpoint.tokenizer)
     template = ChatTemplate(tokenizer)
     images = ImageReader(
@@ -145,8 +154,17 @@ def run(
     epochs: Epochs = None,
     batch_size: Batch = None,
     learning_rate: Rate = None,
-    beta: Annotated[float | None, typer.Option(help="Of preferences.", show_default="auto")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes a training reproducible.")] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="How close the model stays to what it was; for --method dpo alone, up to 2.",
+            show_default="auto",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Makes a training reproducible.", show_default="random"),
+    ] = None,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -156,7 +174,7 @@ def run(
             show_default="never",
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, max=256, help="Of the adapter.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Rank of the adapter.")] = 16,
     plot: Annotated[
         Path | None, typer.Option(help="Picture of the loss curve.", show_default="none")
     ] = None,
