@@ -34,7 +34,7 @@ from evermini.config import Settings, load_settings
 from evermini.errors import EngineStoppedError, UnsupportedParameterError, UpstreamError
 from evermini.service import chat as chat_service
 from evermini.service import completions as completion_service
-from evermini.service.citations import Citation
+from evermini.service import wire
 from evermini.service.directory import load_tuned
 from evermini.service.documents import Documents
 from evermini.service.embedded import Embeddings
@@ -93,6 +93,8 @@ class Answer(Generic[ChoiceT]):
         seconds: From the call to the last token.
         recalled: The excerpts that a prompt longer than the window was read in; else ``None``.
         swept: How all of a prompt longer than the window was read, if it was; else ``None``.
+        why: How the prompt was read, and where words of the answer stand in it, as ``x_evermini`` of the API says it;
+            ``None`` unless ``x_evermini={"why": True}`` asks for it.
     """
 
     model: str
@@ -101,6 +103,7 @@ class Answer(Generic[ChoiceT]):
     seconds: float
     recalled: Recalled | None = None
     swept: Swept | None = None
+    why: dict[str, Any] | None = None
 
     @property
     def text(self) -> str:
@@ -124,8 +127,6 @@ class AnswerStream(Generic[DeltaT]):
         seconds: From the call to the latest delta.
         recalled: The excerpts that a prompt longer than the window was read in; else ``None``.
         swept: How all of a prompt longer than the window was read, if it was; else ``None``.
-        citations: Words of the first choice that stand in what was read of documents; there at its end, if ``why``
-            of ``x_evermini`` is true.
     """
 
     def __init__(
@@ -135,11 +136,11 @@ class AnswerStream(Generic[DeltaT]):
         started: float,
         recalled: Recalled | None = None,
         swept: Swept | None = None,
-        citations: Sequence[Citation] = (),
+        why: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         self.recalled = recalled
         self.swept = swept
-        self.citations = citations
+        self._why = why
         self.model = llm.info.id
         self.text = ""
         self.finish_reason: str | None = None
@@ -155,6 +156,11 @@ class AnswerStream(Generic[DeltaT]):
     def usage(self) -> Usage:
         """Tokens so far; final once the deltas are exhausted."""
         return self._run.usage
+
+    @property
+    def why(self) -> dict[str, Any] | None:
+        """As `Answer.why`, of what has come so far."""
+        return self._why()
 
     def __iter__(self) -> Self:
         return self
@@ -352,13 +358,12 @@ class LLM:
                 progress=progress,
             )
         )
+        why = partial(_why, run)
         if stream:
-            return AnswerStream(
-                self, run, started, run.recalled, run.swept, run.choices[0].citations
-            )
+            return AnswerStream(self, run, started, run.recalled, run.swept, why)
         choices = self._call(run.collect)
         seconds = time.perf_counter() - started
-        return Answer(self.info.id, choices, run.usage, seconds, run.recalled, run.swept)
+        return Answer(self.info.id, choices, run.usage, seconds, run.recalled, run.swept, why())
 
     @overload
     def complete(
@@ -438,6 +443,10 @@ def _close(llm: weakref.ref[LLM]) -> None:
     """Close an LLM that is still there."""
     if (open_one := llm()) is not None:
         open_one.close()
+
+
+def _why(run: chat_service.ChatRun) -> dict[str, Any] | None:
+    return wire.why(run, run.choices) if run.request.wants_why else None
 
 
 async def _next(deltas: AsyncGenerator[DeltaT, None]) -> DeltaT | None:

@@ -215,6 +215,15 @@ def test_a_pdf_is_read_with_its_pages(evermini, tmp_path):
     assert "ship.pdf: no text on 1 of 12 pages (4); they may be scans" in result.err
     assert re.search(r"ship\.pdf:\d+(-\d+)?  page (7-)?8(-9)?\b", result.err)
     assert re.search(r"stand in what was read:\n +ship\.pdf:\d+  page 8  Biscuit", result.err)
+    whole = evermini(
+        *("ask", "-f", "ship.pdf", "--why", "--json", "--max-tokens", "12"),
+        "What is the captain's parrot called?",
+    )
+    told = json.loads(whole.out)["x_evermini"]
+    assert told["reading"] == "recall"
+    assert any(8 in span["pages"] for span in told["recall"]["spans"])
+    assert told["citations"][0]["quote"] == "Biscuit"
+    assert "ship.pdf:" not in whole.err.replace("ship.pdf: no text", "")
 
 
 def test_too_many_tokens_name_the_folders_before_anything_is_read(

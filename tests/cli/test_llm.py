@@ -48,6 +48,20 @@ def test_a_stream_adds_up_to_the_whole_answer(llm):
     assert list(stream) == []
 
 
+def test_why_is_what_the_api_says_of_the_reading(llm):
+    text = (
+        '<document name="pets.txt">\nThe cat is called Minka.\n</document>\nWhat is the cat called?'
+    )
+    asked = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 12}
+    whole = llm.chat(**asked, x_evermini={"why": True})
+    assert whole.why["reading"] == "dense"
+    assert [found["quote"] for found in whole.why["citations"]] == ["Minka"]
+    with llm.chat(**asked, x_evermini={"why": True}, stream=True) as stream:
+        assert list(stream)
+    assert stream.why == whole.why
+    assert llm.chat(**asked).why is None
+
+
 def test_several_choices_and_logprobs(llm):
     answer = llm.chat(
         CAPITAL, n=3, temperature=1.5, seed=7, max_tokens=8, logprobs=True, top_logprobs=2

@@ -226,12 +226,16 @@ def test_an_unknown_model_calibrates_itself_once(nano, tokenizer, tmp_path):
     plan = Plan(num_chars=2_500, questions_per_kind=1, max_depth=0.1)
     said = []
     first = load_calibration(nano, tokenizer, "unknown", tmp_path, progress=said.append, plan=plan)
-    assert len(said) == 3
+    assert {report.stage for report in said} == {"calibrate"}
+    done = [report.done_tokens for report in said]
+    assert len(done) > 15, "told after every pass"
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, said[0].total_tokens)
     assert first.weights == "unknown"
     assert first.heads
     assert max(first.layers) <= 2
     assert load_calibration(nano, tokenizer, "unknown", tmp_path, progress=said.append) == first
-    assert len(said) == 3
+    assert len(said) == len(done), "known now"
     again = calibrate(nano, tokenizer, "unknown", prefix=default_prefix(tokenizer), plan=plan)
     assert again == first, "calibration is deterministic"
 

@@ -3,6 +3,7 @@
     : reading 120000 of 900000 tokens
 
 That is a comment, which every SSE reader skips; it keeps the connection open and shows people that something happens.
+Where there is nothing to tell, because another text is read before this one, it is ``: waiting``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from evermini.api.answer import Run, stream_or_collect
 RunT = TypeVar("RunT", bound=Run)
 
 OPEN_SECONDS = 15.0
-"""A stream opens after this time even if nothing is read yet: another text may be before it in the queue."""
+"""A stream opens after this time even if nothing is read yet: another text may be before it in the queue. It is not
+silent for longer after that either."""
 INTERVAL_SECONDS = 2.0
 """Pause between two comments."""
 
@@ -85,13 +87,17 @@ class ReadingWatch:
     ) -> AsyncGenerator[bytes, None]:
         """Yield comments, and what ``chunk`` makes of a report, until ``starting`` is done."""
         told: Report | None = None
+        quiet_since = self._loop.time()
         while not starting.done():
             now = self._latest
             if now is not None and now is not told:
-                told = now
+                told, quiet_since = now, self._loop.time()
                 yield f": reading {now.done_tokens} of {now.total_tokens} tokens\n\n".encode()
                 if chunk is not None:
                     yield sse.data(chunk(now))
+            elif self._loop.time() - quiet_since >= OPEN_SECONDS:  # proxies cut what is silent
+                quiet_since = self._loop.time()
+                yield b": waiting\n\n"
             await asyncio.wait({starting}, timeout=INTERVAL_SECONDS)
 
 

@@ -102,7 +102,7 @@ def ask(
         bool,
         typer.Option(
             "--why",
-            help="Print to stderr what of a long text was read, or what was found in it.",
+            help="Print to stderr what of a long text was read, or what was found in it; with --json, into the object.",
         ),
     ] = False,
     verbose: Annotated[
@@ -159,7 +159,7 @@ def ask(
         "x_evermini": {"reading": reading.value, "why": why},
     }
     with naming_images(list(images)):
-        _answer(loaded, messages, params, as_json=as_json, verbose=verbose, why=why)
+        _answer(loaded, messages, params, as_json=as_json, verbose=verbose)
 
 
 def build_prompt(documents: Sequence[Document], question: str) -> str:
@@ -203,21 +203,28 @@ def _answer(
     *,
     as_json: bool,
     verbose: bool,
-    why: bool,
 ) -> None:
-    from evermini.cli.reading import cited_lines, reading_bar, why_lines
-    from evermini.cli.talk import as_json_object, open_llm, speed_line, warn_if_cut
+    from evermini.cli.reading import cited_lines, first_word_awaited, reading_bar, why_lines
+    from evermini.cli.talk import (
+        as_json_object,
+        computed_tokens,
+        open_llm,
+        speed_line,
+        warn_if_cut,
+    )
 
     with open_llm(loaded.settings) as llm:
         with reading_bar() as progress, too_long_by_folder():
             stream = llm.chat(messages, stream=True, progress=progress, **params)
-        with stream:
+        with stream, first_word_awaited(computed_tokens(stream)) as begins:
             for delta in stream:
                 if not as_json:
+                    begins()
                     print(delta.text, end="", flush=True)
         print(as_json_object(stream) if as_json else "")
         warn_if_cut(stream.finish_reason, params["max_completion_tokens"])
-        if why:
-            print(*why_lines(stream), *cited_lines(stream), sep="\n", file=sys.stderr)
+        if stream.why is not None and not as_json:
+            told = why_lines(stream.why, stream.usage.prompt_tokens)
+            print(*told, *cited_lines(stream.why), sep="\n", file=sys.stderr)
         if verbose:
             print(speed_line(stream), file=sys.stderr)

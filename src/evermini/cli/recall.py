@@ -28,6 +28,7 @@ def calibrate(
 
     Known for the models of the catalogue; another one is measured on first use, in a minute or more.
     """
+    from evermini.cli.reading import reading_bar
     from evermini.recall.calibrate import calibrate as measure
     from evermini.recall.calibrate import default_prefix
     from evermini.recall.calibration import find_calibration, save_calibration
@@ -37,10 +38,10 @@ def calibrate(
     home = loaded.settings.home
     found = None if again else find_calibration(home, weights)
     if found is None:
-        found = measure(
-            index.model, tokenizer, weights, prefix=default_prefix(tokenizer), progress=_say
-        )
-        _say(f"kept in {save_calibration(home, found)}")
+        with reading_bar() as progress:
+            prefix = default_prefix(tokenizer)
+            found = measure(index.model, tokenizer, weights, prefix=prefix, progress=progress)
+        print(f"kept in {save_calibration(home, found)}", file=sys.stderr)
     if as_json:
         print(found.to_json(), end="")
         return
@@ -61,7 +62,8 @@ def ingest(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH", help="Files (text, PDF), folders and globs; - is standard input."
+            metavar="PATH",
+            help="Files (text, PDF, DOCX, PPTX), folders and quoted globs; - is piped input.",
         ),
     ],
     exclude: ExcludeFlag = None,
@@ -81,10 +83,9 @@ def ingest(
         paths, piped_input(), exclude, settings=loaded.settings, verbose=verbose
     )
     segments = [segment for item in documents for segment in cut(item.text, item.name)]
-    recall = _indexer(loaded.settings).open(
-        loaded.settings.home, max_bytes=loaded.settings.recall_disk, progress=_say
-    )
+    indexer, settings = _indexer(loaded.settings), loaded.settings
     with reading_bar() as progress:
+        recall = indexer.open(settings.home, max_bytes=settings.recall_disk, progress=progress)
         done = recall.ingest(segments, progress=progress)
     what = documents[0].name if len(documents) == 1 else f"{len(documents):,} files"
     print(
@@ -107,7 +108,3 @@ def _indexer(settings: Settings) -> Indexer:
     answering = _load(settings)
     with download_bar(settings.recall_index) as progress:
         return load_indexer(answering, settings, progress=progress)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)

@@ -174,6 +174,12 @@ def speeds(stream: AnswerStream[Any]) -> dict[str, float | None]:
     }
 
 
+def computed_tokens(stream: AnswerStream[Any]) -> int:
+    """Return how many tokens of the prompt the model reads for the answer, those in its cache included."""
+    read = stream.recalled or stream.swept
+    return stream.usage.prompt_tokens if read is None else len(read.prompt)
+
+
 def speed_line(stream: AnswerStream[Any]) -> str:
     """Return usage and speed in one line."""
     usage, measured = stream.usage, speeds(stream)
@@ -194,7 +200,7 @@ def speed_line(stream: AnswerStream[Any]) -> str:
 
 
 def as_json_object(stream: AnswerStream[Any]) -> str:
-    """Return an answer, its usage and its speed as JSON."""
+    """Return an answer, its usage and its speed as JSON, and what ``x_evermini`` says if that was asked for."""
     usage = stream.usage
     report = {
         "model": stream.model,
@@ -207,4 +213,6 @@ def as_json_object(stream: AnswerStream[Any]) -> str:
         },
         "speed": speeds(stream),
     }
+    if stream.why is not None:
+        report["x_evermini"] = stream.why
     return json.dumps(report, ensure_ascii=False)

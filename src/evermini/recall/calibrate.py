@@ -12,9 +12,10 @@ Related: retrieval heads (Wu et al. 2024, arXiv 2404.15574), QRHead (Zhang et al
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from evermini.errors import ModelError
 from evermini.models.batch import IndexModel
 from evermini.recall.calibration import Calibration
+from evermini.recall.recall import Progress
 from evermini.recall.scan import BLOCK, KeyRun, block_mass, even_starts, quantize_keys
 from evermini.recall.segment import ModelTokenizer, Segment, TextTokenizer, tokenize
 from evermini.recall.select import NULL_QUESTION
@@ -30,6 +32,17 @@ from evermini.recall.synthetic import KINDS, Document, generate
 from evermini.recall.windows import Windows
 
 Head = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CalibrationProgress(Progress):
+    """How far a calibration is, in tokens of the texts that the model is measured on."""
+
+    stage: ClassVar[str] = "calibrate"
+
+
+OnCalibration = Callable[[CalibrationProgress], None]
+"""Told how a calibration goes, after every pass of the model; what it raises ends the calibration."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ def calibrate(
     *,
     prefix: Sequence[int],
     plan: Plan | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: OnCalibration = lambda _: None,
 ) -> Calibration:
     """Measure a model and choose its heads.
 
@@ -92,7 +105,7 @@ def calibrate(
         weights: Fingerprint of its checkpoint.
         prefix: Token ids to put before every pass (a chat's beginning, or the BOS token); at least one.
         plan: What to measure.
-        progress: Told what is being done.
+        progress: Told how it goes.
 
     Raises:
         ModelError: Its native window or head_dim does not suit.
@@ -107,17 +120,22 @@ def calibrate(
     windows = default_windows(prefix, config.max_position)
     group = config.num_heads // config.num_kv_heads
     layers = range(max(1, round(config.num_layers * plan.max_depth)))
+    documents = [generate(seed, plan.num_chars, plan.questions_per_kind) for seed in range(1, 4)]
+    texts = [tokenize(tokenizer, Segment(document.text)) for document in documents]
+    meter = _Meter(
+        sum(len(ids) for ids, _ in texts),
+        sum(windows.num_chunks(len(ids)) for ids, _ in texts)
+        + sum(len(document.questions) + 1 for document in documents),
+        progress,
+    )
     measured: list[_Measured] = []
     means: Tensor | None = None
-    for seed in (1, 2, 3):
-        progress(f"measuring document {seed} of 3 on {len(layers)} layers")
-        document = generate(seed, plan.num_chars, plan.questions_per_kind)
-        keys, starts = _all_keys(model, tokenizer, windows, document, list(layers))
+    for document, (ids, starts) in zip(documents, texts, strict=True):
+        keys = _all_keys(model, windows, ids, list(layers), meter)
         means = keys.mean(2) if means is None else means  # (layers, kv_heads, head_dim)
+        centred = keys - means[:, :, None]
         measured.append(
-            _measure(
-                model, tokenizer, windows, document, keys - means[:, :, None], starts, list(layers)
-            )
+            _measure(model, tokenizer, windows, document, centred, starts, list(layers), meter)
         )
     assert means is not None
     first, second, unseen = measured
@@ -141,26 +159,44 @@ def calibrate(
     return Calibration(**{**result.__dict__, "means": rows})
 
 
+class _Meter:
+    """Tells how far a calibration is: ``num_steps`` passes over ``num_tokens`` tokens."""
+
+    def __init__(self, num_tokens: int, num_steps: int, report: OnCalibration) -> None:
+        self._num_tokens, self._num_steps, self._report = num_tokens, num_steps, report
+        self._num_done = 0
+        self._began = time.monotonic()
+        self._tell()
+
+    def step(self) -> None:
+        """Count a pass."""
+        self._num_done += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        done = self._num_tokens * self._num_done // self._num_steps
+        seconds = time.monotonic() - self._began
+        rate = done / seconds if seconds > 0 else 0.0
+        eta = (self._num_tokens - done) / rate if rate else None
+        self._report(CalibrationProgress(done, self._num_tokens, seconds, rate, eta))
+
+
 def _all_keys(
-    model: IndexModel,
-    tokenizer: TextTokenizer,
-    windows: Windows,
-    document: Document,
-    layers: list[int],
-) -> tuple[Tensor, np.ndarray[Any, Any]]:
-    """Return keys (layers, kv_heads, n, head_dim) of a document, and its tokens' character starts."""
-    ids, starts = tokenize(tokenizer, Segment(document.text))
+    model: IndexModel, windows: Windows, ids: np.ndarray[Any, Any], layers: list[int], meter: _Meter
+) -> Tensor:
+    """Return keys (layers, kv_heads, n, head_dim) of a document's tokens."""
     parts = []
     for chunk in range(windows.num_chunks(len(ids))):
         first, end = windows.chunk_range(chunk, len(ids))
         passed = model.index_pass(torch.from_numpy(windows.chunk_pass(ids, chunk)), layers)
         parts.append(torch.stack([k[first - end :].transpose(0, 1) for _, k in passed]))
-    return torch.cat(parts, 2), starts
+        meter.step()
+    return torch.cat(parts, 2)
 
 
 def _measure(
     model: IndexModel, tokenizer: TextTokenizer, windows: Windows, document: Document,
-    keys: Tensor, starts: np.ndarray[Any, Any], layers: list[int],
+    keys: Tensor, starts: np.ndarray[Any, Any], layers: list[int], meter: _Meter,
 ) -> _Measured:  # fmt: skip
     num_blocks = -(-keys.shape[2] // BLOCK)
     runs = [[[KeyRun(*quantize_keys(k), 0, even_starts(len(k)))] for k in layer] for layer in keys]
@@ -176,6 +212,7 @@ def _measure(
                 asked = q[-len(ids) :, head * group : (head + 1) * group].transpose(0, 1)
                 mass = block_mass(asked.reshape(-1, q.shape[2]).contiguous(), run, num_blocks)
                 result.append(mass.T.reshape(group, len(ids), num_blocks).mean(1))
+        meter.step()
         return torch.cat(result).view(len(layers), -1, num_blocks)
 
     null = votes(NULL_QUESTION)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,7 +53,13 @@ _MAX_SCANS = 4
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an ingest is; ``eta`` and ``seconds`` in seconds, ``eta`` is ``None`` before the first chunk."""
+    """How far an ingest is; ``eta`` and ``seconds`` in seconds, ``eta`` is ``None`` before the first chunk.
+
+    Attributes:
+        stage: What goes on, in a word.
+    """
+
+    stage: ClassVar[str] = "index"
 
     done_tokens: int
     total_tokens: int

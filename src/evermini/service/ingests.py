@@ -165,7 +165,8 @@ class IngestService:
 
             def note(progress: Progress) -> None:
                 nonlocal last
-                last = progress
+                if progress.stage == Progress.stage:  # else it counts other texts than this file's
+                    last = progress
 
             indexing = asyncio.ensure_future(reader.index(segments, note))
             try:

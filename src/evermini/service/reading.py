@@ -39,7 +39,7 @@ from evermini.text.tokenizer import Tokenizer
 T = TypeVar("T")
 
 OnProgress = Callable[[Progress], None]
-"""Told how an ingest goes, from the thread that does it."""
+"""Told how an ingest goes, or the calibration of an unknown model before it, from the thread that does it."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class LongReader:
         left = threading.Event()
 
         def work() -> Ingested:
-            return self.recall().ingest(
+            return self.recall(progress).ingest(
                 segments,
                 progress=progress,
                 cancelled=lambda: (
@@ -248,11 +248,27 @@ class LongReader:
             return None  # nothing can be indexed yet, and calibrating takes too long for a plan
         return self.recall().num_tokens(digest)
 
-    def recall(self) -> Recall:
-        """Return recall; an unknown model is calibrated first, which takes a minute or more."""
+    def recall(self, progress: OnProgress | None = None) -> Recall:
+        """Return recall; an unknown model is calibrated first, which takes a minute or more.
+
+        Args:
+            progress: Told how calibrating goes.
+
+        Raises:
+            EngineStoppedError: The reader was closed meanwhile.
+        """
+
+        def report(now: Progress) -> None:
+            if self._closed.is_set():
+                raise _stopped()
+            if progress is not None:
+                progress(now)
+
         with self._opening:
             if self._recall is None:
-                self._recall = self.indexer.open(self.home, max_bytes=self._max_bytes)
+                self._recall = self.indexer.open(
+                    self.home, max_bytes=self._max_bytes, progress=report
+                )
             return self._recall
 
     async def _in(self, pool: ThreadPoolExecutor, work: Callable[..., T], *args: object) -> T:

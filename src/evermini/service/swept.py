@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from evermini.recall.recall import Progress
 from evermini.service.generation import Usage
@@ -21,6 +21,8 @@ Task = Literal["tally", "check", "collect", "note"]
 @dataclass(frozen=True)
 class SweepProgress(Progress):
     """How far a sweep is, in tokens of the text."""
+
+    stage: ClassVar[str] = "sweep"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from evermini.service.generation import Usage
 from evermini.service.model_info import ModelInfo
 from evermini.service.reading import Recalled
 from evermini.service.schemas import ChatRequest
-from evermini.service.swept import SweepProgress, Swept
+from evermini.service.swept import Swept
 from evermini.service.text_answer import TextChoice, TextDelta, TextToken
 
 Json = dict[str, Any]
@@ -259,7 +259,7 @@ def chat_progress_chunk(ticket: Ticket, info: ModelInfo, now: Progress) -> Json:
         "choices": [],
         "x_evermini": {
             "progress": {
-                "stage": "sweep" if isinstance(now, SweepProgress) else "index",
+                "stage": now.stage,
                 "done_tokens": now.done_tokens,
                 "total_tokens": now.total_tokens,
                 "seconds": round(now.seconds, 3),

@@ -13,8 +13,10 @@ import httpx
 import openai
 import pytest
 
+from evermini.errors import EngineStoppedError
 from evermini.recall.calibration import find_calibration
 from evermini.service.prompting import make_prompt
+from evermini.service.reading import LongReader
 from evermini.service.runtime import Runtime, ServedModel
 from evermini.service.schemas import parse_chat
 from tests.long_texts import NEEDLES, story
@@ -243,3 +245,20 @@ def complete_bytes(served: ServedModel, text: str) -> int:
 def test_models_promise_the_whole_length(nano):
     assert nano.info.context_window == 1_047_576
     assert nano.worker.max_model_len == 8192
+
+
+def test_an_end_does_not_wait_for_the_calibration_of_an_unknown_model(nano, tmp_path):
+    unknown = "0" * 64
+    reader = LongReader(
+        replace(nano.reader.indexer, weights=unknown), nano.tokenizer, nano.template, home=tmp_path
+    )
+    told = []
+
+    def report(now):
+        told.append(now)
+        reader.close()
+
+    with pytest.raises(EngineStoppedError):
+        reader.recall(report)
+    assert [now.stage for now in told] == ["calibrate"]
+    assert find_calibration(tmp_path, unknown) is None

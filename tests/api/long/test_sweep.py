@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
@@ -12,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from evermini.api import progress
 from evermini.service.runtime import Runtime, ServedModel
 from tests.long_texts import NEEDLES, story
 from tests.serving import assert_error, make_client, reading, serving, wait_for
@@ -185,6 +187,20 @@ def test_a_stream_comments_on_the_first_reading_and_then_answers(url, endpoint):
     again = lines()
     assert not [line for line in again if line.startswith(":")]
     assert ended[endpoint] in again[-2:]
+
+
+def test_a_stream_that_waits_for_others_is_not_silent(monkeypatch):
+    monkeypatch.setattr(progress, "OPEN_SECONDS", 0.0)
+
+    async def first_event() -> bytes:
+        starting = asyncio.create_task(asyncio.sleep(60))
+        events = progress.ReadingWatch().events(starting, None)
+        try:
+            return await anext(events)
+        finally:
+            starting.cancel()
+
+    assert asyncio.run(first_event()) == b": waiting\n\n"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -9,6 +9,7 @@ from typing import Any
 
 from anyio import CancelScope
 
+from evermini.recall.calibrate import CalibrationProgress
 from evermini.recall.recall import Progress
 from evermini.service.reading import OnProgress
 from evermini.service.swept import SweepProgress
@@ -130,7 +131,8 @@ def _report(event: Json) -> Progress | None:
     told = told.get("progress") if isinstance(told, dict) else None
     if not isinstance(told, dict):
         return None
-    kind = SweepProgress if told.get("stage") == "sweep" else Progress
+    kinds = {kind.stage: kind for kind in (Progress, SweepProgress, CalibrationProgress)}
+    kind = kinds.get(str(told.get("stage")), Progress)
     try:
         return kind(
             int(told["done_tokens"]),
