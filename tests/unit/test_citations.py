@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from evermini.recall.segment import Segment
-from evermini.service.citations import Citation, Shown, cite
+from evermini.service.citations import Citation, cite
+from evermini.service.parts import Piece
+from evermini.service.places import Place
 
 REPORT = """[page 51]
 The year 2023 was a year of change.
@@ -21,9 +23,9 @@ In fiscal 2022 we acquired Current Health Ltd. and Two Peaks, LLC.
 """
 
 
-def shown(text: str = REPORT, **fields) -> list[Shown]:
-    segment = Segment(text, "report.pdf")
-    return [Shown(segment, 0, len(text), "report.pdf", message=0, part=1, **fields)]
+def shown(text: str = REPORT) -> list[Place]:
+    document = Piece(text, is_long=True, message=0, part=1, name="report.pdf")
+    return [Place(Segment(text, "report.pdf"), 0, len(text), document)]
 
 
 def only(answer: str, question: str = "") -> Citation:
@@ -78,7 +80,8 @@ def test_what_tells_nothing_or_stands_nowhere_is_not_cited(answer, question):
 
 def test_places_count_from_where_the_piece_begins():
     begun = Segment(REPORT, None, first_line=101, first_char=5000, first_page=9)
-    (found,) = cite("5,308", [Shown(begun, 10, 200, None, 2, 0, first_char=30, first_line=4)], "")
+    piece = Piece("", is_long=True, message=2, part=0, first_char=30, first_line=4)
+    (found,) = cite("5,308", [Place(begun, 10, 200, piece)], "")
     start = 5030 + REPORT.index("5,308")
     assert (found.characters, found.lines) == ((start, start + 5), (108, 108))
     assert (found.message, found.part, found.pages) == (2, 0, (52, 52))

@@ -18,8 +18,8 @@ from itertools import groupby, pairwise
 from evermini.errors import ContextLengthError
 from evermini.recall.prompt import Span, excerpts, shown_ranges
 from evermini.recall.segment import Segment, SegmentCache, cut
-from evermini.service.citations import Shown
 from evermini.service.parts import QUESTION_CHARS, TIERS, Parts, Piece, split
+from evermini.service.places import Place
 from evermini.service.questions import follows_up
 from evermini.service.rendering import encode
 from evermini.service.schemas import ChatRequest
@@ -39,28 +39,16 @@ DEFAULT_ROOM = 1024
 _COUNTS_KEPT = 1 << 16
 
 
-@dataclass(frozen=True)
-class Passage:
+@dataclass(frozen=True, repr=False)
+class Passage(Place):
     """A span that was chosen, and where the caller finds it.
 
     Attributes:
         score: Its vote; comparable within one question.
-        source: The document's name, if it has one.
-        message: Number of the message.
-        part: Number of the content part.
-        characters: First and past-the-end character, in the document or else in the part.
-        lines: First and last line, from 1, likewise.
-        pages: First and last page, in a text of pages.
         is_included: It is in the prompt; false: there was no room.
     """
 
     score: float
-    source: str | None
-    message: int
-    part: int
-    characters: tuple[int, int]
-    lines: tuple[int, int]
-    pages: tuple[int, int] | None
     is_included: bool
 
 
@@ -121,33 +109,23 @@ class Plan:
             piece for piece, found in zip(self.parts.long, self.pieces, strict=True) for _ in found
         ]
 
-    def shown(self, included: Iterable[Span]) -> tuple[Shown, ...]:
+    def shown(self, included: Iterable[Span]) -> tuple[Place, ...]:
         """Return what the prompt has of the documents."""
         segments, owners = self.segments, self.owners
-        found = []
-        for number, start, end in shown_ranges(segments, list(included)):
-            piece = owners[number]
-            found.append(
-                Shown(
-                    segments[number],
-                    start,
-                    end,
-                    source=piece.name,
-                    message=piece.message,
-                    part=piece.part,
-                    first_char=piece.first_char,
-                    first_line=piece.first_line,
-                )
-            )
-        return tuple(found)
+        ranges = shown_ranges(segments, list(included))
+        return tuple(Place(segments[n], start, end, owners[n]) for n, start, end in ranges)
 
     def passages(self, spans: Sequence[Span], included: set[Span]) -> tuple[Passage, ...]:
         """Return where the caller finds the spans that were chosen."""
         owners, segments = self.owners, self.segments
-        return tuple(
-            _passage(span, segments[span.segment], owners[span.segment], span in included)
-            for span in spans
-        )
+        found = []
+        for span in spans:
+            segment, owner = segments[span.segment], owners[span.segment]
+            begin, past = (char - segment.first_char for char in span.chars)
+            found.append(
+                Passage(segment, begin, past, owner, score=span.score, is_included=span in included)
+            )
+        return tuple(found)
 
 
 class Assembler:
@@ -326,21 +304,3 @@ def _groups(parts: Parts) -> list[list[int]]:
         [number for number, _ in group]
         for _, group in groupby(enumerate(keys), key=lambda item: item[1])
     ]
-
-
-def _passage(span: Span, segment: Segment, piece: Piece, is_included: bool) -> Passage:
-    start, end = span.chars
-    first, last = span.lines
-    from_page = segment.page_of(start - segment.first_char)
-    to_page = segment.page_of(max(start, end - 1) - segment.first_char)
-    shift = piece.first_line - 1
-    return Passage(
-        score=span.score,
-        source=piece.name,
-        message=piece.message,
-        part=piece.part,
-        characters=(piece.first_char + start, piece.first_char + end),
-        lines=(shift + first, shift + last),
-        pages=None if to_page is None else (from_page or to_page, to_page),
-        is_included=is_included,
-    )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from evermini.recall.segment import Segment
 from evermini.service.messages import Message
 from evermini.service.parts import TIERS, split
+from evermini.service.places import Place
 
 _TOKEN = re.compile(r"\d(?:[\d.,]*\d)?|[^\W\d_]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -38,56 +39,22 @@ _MAX_CHARACTERS = 20_000
 """Of an answer; the rest is not compared."""
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A run of a document that the model read.
-
-    Attributes:
-        segment: What it is cut from.
-        start: Its first character in the segment's text.
-        end: And the one past its end.
-        source: The document's name, if it has one.
-        message: Number of the message.
-        part: Number of the content part.
-        first_char: Characters of the part before the piece that the segment is of; in a document, 0.
-        first_line: The line that the piece begins on, from 1; in a document, 1.
-    """
-
-    segment: Segment
-    start: int
-    end: int
-    source: str | None
-    message: int
-    part: int
-    first_char: int = 0
-    first_line: int = 1
-
-
-@dataclass(frozen=True)
-class Citation:
-    """A run of words that an answer shares with a document.
+@dataclass(frozen=True, repr=False)
+class Citation(Place):
+    """A run of words that an answer shares with a document, and the place where they stand there.
 
     Attributes:
         start: Its first character in the answer.
         end: And the one past its end.
-        quote: The same words in the document.
-        source: The document's name, if it has one.
-        message: Number of the message.
-        part: Number of the content part.
-        characters: First and past-the-end character of the quote, in the document or else in the part.
-        lines: Its first and last line, from 1, likewise.
-        pages: Its first and last page, in a text of pages.
     """
 
     start: int
     end: int
-    quote: str
-    source: str | None
-    message: int
-    part: int
-    characters: tuple[int, int]
-    lines: tuple[int, int]
-    pages: tuple[int, int] | None
+
+    @property
+    def quote(self) -> str:
+        """The same words in the document."""
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -111,20 +78,18 @@ class _Token:
     tells: float = 0.0
 
 
-def whole_documents(messages: Sequence[Message]) -> tuple[tuple[Shown, ...], str]:
+def whole_documents(messages: Sequence[Message]) -> tuple[tuple[Place, ...], str]:
     """Return the documents of a conversation that is read whole, and its question."""
     parts = split(messages, TIERS[0])
     shown = []
     for piece in parts.long:
         if piece.name is not None:
             segment = Segment(piece.text, piece.name)
-            shown.append(
-                Shown(segment, 0, len(segment.text), piece.name, piece.message, piece.part)
-            )
+            shown.append(Place(segment, 0, len(segment.text), piece))
     return tuple(shown), parts.question
 
 
-def cite(answer: str, shown: Sequence[Shown], question: str) -> list[Citation]:
+def cite(answer: str, shown: Sequence[Place], question: str) -> list[Citation]:
     """Return where words of an answer stand in what the model read of the documents, in the answer's order.
 
     Args:
@@ -135,7 +100,7 @@ def cite(answer: str, shown: Sequence[Shown], question: str) -> list[Citation]:
     answer = answer[:_MAX_CHARACTERS]
     about = _tokens(question)
     asked = {token.text for token in about}
-    read = [_tokens(one.segment.text[one.start : one.end]) for one in shown]
+    read = [_tokens(one.text) for one in shown]
     places: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, tokens in enumerate(read):
         for at, token in enumerate(tokens):
@@ -158,31 +123,17 @@ def cite(answer: str, shown: Sequence[Shown], question: str) -> list[Citation]:
         n, place = max(equal, key=lambda one: _shared(read[one[0]], one[1], longest, wanted[at]))
         first, last = telling[0], telling[-1]  # small words at either end are no part of it
         found.append(
-            _citation(
-                (said[at + first].start, said[at + last].end),
-                shown[n],
-                (read[n][place + first].start, read[n][place + last].end),
+            Citation(
+                shown[n].segment,
+                shown[n].begin + read[n][place + first].start,
+                shown[n].begin + read[n][place + last].end,
+                shown[n].piece,
+                start=said[at + first].start,
+                end=said[at + last].end,
             )
         )
         at += longest
     return found
-
-
-def _citation(said: tuple[int, int], one: Shown, read: tuple[int, int]) -> Citation:
-    segment, begin, past = one.segment, one.start + read[0], one.start + read[1]
-    from_page, to_page = segment.page_of(begin), segment.page_of(past - 1)
-    before, shift = one.first_char + segment.first_char, one.first_line - 1
-    return Citation(
-        start=said[0],
-        end=said[1],
-        quote=segment.text[begin:past],
-        source=one.source,
-        message=one.message,
-        part=one.part,
-        characters=(before + begin, before + past),
-        lines=(shift + segment.line_of(begin), shift + segment.line_of(past - 1)),
-        pages=None if to_page is None else (from_page or to_page, to_page),
-    )
 
 
 def _tokens(text: str) -> list[_Token]:

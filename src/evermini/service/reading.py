@@ -30,8 +30,8 @@ from evermini.recall.recall import Ingested, Progress, Recall, Selection
 from evermini.recall.segment import Segment
 from evermini.recall.select import Policy
 from evermini.service.assembly import MAX_PROMPT_TOKENS, Assembler, Passage, Plan, texts
-from evermini.service.citations import Shown
 from evermini.service.offload import step_back
+from evermini.service.places import Place
 from evermini.service.schemas import ChatRequest
 from evermini.text.chat import ChatTemplate
 from evermini.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ class Recalled:
     cached_tokens: int
     question: str
     passages: tuple[Passage, ...]
-    shown: tuple[Shown, ...]
+    shown: tuple[Place, ...]
     selection: Selection
     ingest_seconds: float
     note: str | None = None

@@ -21,6 +21,7 @@ from evermini.service.completions import CompletionRun
 from evermini.service.embedded import Embeddings
 from evermini.service.generation import Usage
 from evermini.service.model_info import ModelInfo
+from evermini.service.places import Place
 from evermini.service.reading import Recalled
 from evermini.service.schemas import ChatRequest
 from evermini.service.swept import Swept
@@ -164,12 +165,7 @@ def why(run: ChatRun, choices: Sequence[ChatChoice]) -> Json:
                 "choice": choice.index,
                 "answer": [found.start, found.end],
                 "quote": found.quote,
-                "source": found.source,
-                "message": found.message,
-                "part": found.part,
-                "characters": list(found.characters),
-                "lines": list(found.lines),
-                "pages": None if found.pages is None else list(found.pages),
+                **_place(found),
             }
             for choice in choices
             for found in choice.citations
@@ -186,12 +182,7 @@ def _recall(recalled: Recalled) -> Json:
         "spans": [
             {
                 "score": round(passage.score, 4),
-                "source": passage.source,
-                "message": passage.message,
-                "part": passage.part,
-                "characters": list(passage.characters),
-                "lines": list(passage.lines),
-                "pages": None if passage.pages is None else list(passage.pages),
+                **_place(passage),
                 "included": passage.is_included,
             }
             for passage in recalled.passages
@@ -203,6 +194,21 @@ def _recall(recalled: Recalled) -> Json:
         "query_seconds": round(found.query_seconds, 3),
         "scan_seconds": round(found.scan_seconds, 3),
     }
+
+
+def _place(place: Place) -> Json:
+    return {
+        "source": place.source,
+        "message": place.message,
+        "part": place.part,
+        "characters": list(place.characters),
+        **_lines_and_pages(place),
+    }
+
+
+def _lines_and_pages(place: Place) -> Json:
+    pages = place.pages
+    return {"lines": list(place.lines), "pages": None if pages is None else list(pages)}
 
 
 def file_citations(run: ChatRun) -> list[Json]:
@@ -222,11 +228,7 @@ def file_citations(run: ChatRun) -> list[Json]:
                 "file_id": file.file_id,
                 "filename": citation.source or "",
                 "index": citation.end,
-                "x_evermini": {
-                    "quote": citation.quote,
-                    "lines": list(citation.lines),
-                    "pages": None if citation.pages is None else list(citation.pages),
-                },
+                "x_evermini": {"quote": citation.quote, **_lines_and_pages(citation)},
             }
         )
     return found
