@@ -11,7 +11,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
 from evermini.storage.fine_tuning import FineTuningRow
-from evermini.storage.schema import Base, Number
+from evermini.storage.schema import Base, Listed, Number
 
 
 class AdapterRow(Base):
@@ -45,7 +45,7 @@ class ModelAliasRow(Base):
     created_at: Mapped[int] = mapped_column(Number)
 
 
-class ModelPermissionRow(Base):
+class ModelPermissionRow(Listed, Base):
     """A project that a model is shared with."""
 
     __tablename__ = "model_permissions"

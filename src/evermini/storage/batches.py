@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from sqlalchemy import ForeignKey, Index, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -30,7 +31,7 @@ from evermini.storage.schema import (
     Shown,
     find,
     owned,
-    owned_page,
+    page,
 )
 
 JOB = "batch"
@@ -160,10 +161,7 @@ class BatchStore:
         """Return a page; ``None`` if there is no batch ``cursor.after``."""
         with self._database.reading() as session:
             query = owned(BatchRow, self._project)
-            found = owned_page(session, BatchRow, query, cursor, self._project)
-            if found is None:
-                return None
-            return Page([_stored(session, row) for row in found.rows], found.has_more)
+            return page(session, BatchRow, query, cursor, partial(_stored, session))
 
     def cancel(self, batch_id: str, now: int) -> StoredBatch | None:
         """Let a batch end early, unless it has ended; return it, ``None`` if there is none of that id."""

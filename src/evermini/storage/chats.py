@@ -9,7 +9,7 @@ from sqlalchemy import ForeignKey, Index, delete
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, owned, owned_page
+from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, owned, page
 
 
 class ChatCompletionRow(Owned, Base):
@@ -96,7 +96,7 @@ class ChatStore:
             model: Only completions of this model.
             metadata: Only completions whose metadata has all of these pairs.
         """
-        query = owned(ChatCompletionRow, self._project)
+        query = every = owned(ChatCompletionRow, self._project)
         if model is not None:
             query = query.where(ChatCompletionRow.model == model)
         for key, value in metadata.items():
@@ -105,10 +105,7 @@ class ChatStore:
             )
             query = query.where(pair)
         with self._database.reading() as session:
-            found = owned_page(session, ChatCompletionRow, query, cursor, self._project)
-            if found is None:
-                return None
-            return Page([_stored(row) for row in found.rows], found.has_more)
+            return page(session, ChatCompletionRow, query, cursor, _stored, among=every)
 
     def update(self, completion_id: str, metadata: Mapping[str, str]) -> StoredChat | None:
         """Replace a completion's metadata and return it, ``None`` if there is none of that id."""

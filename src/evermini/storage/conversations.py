@@ -11,7 +11,7 @@ from sqlalchemy import ForeignKey, Index, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, page
+from evermini.storage.schema import Base, Cursor, Json, Listed, Number, Owned, Page, find, page
 
 
 class ConversationRow(Owned, Base):
@@ -26,7 +26,7 @@ class ConversationRow(Owned, Base):
     project: Mapped[str] = mapped_column(server_default="default")
 
 
-class ConversationItemRow(Base):
+class ConversationItemRow(Listed, Base):
     """An item of a conversation; its id is unique there, not everywhere."""
 
     __tablename__ = "conversation_items"
@@ -132,17 +132,13 @@ class ConversationStore:
             row = find(session, ConversationRow, conversation_id, self._project)
             if row is None:
                 return None
-            after = None
-            if cursor.after is not None:
-                item = _find_item(session, row, cursor.after)
-                if item is None:
-                    raise KeyError(cursor.after)
-                after = item.number
             query = select(ConversationItemRow).where(
                 ConversationItemRow.conversation == row.number
             )
-            found = page(session, query, ConversationItemRow.number, after, cursor)
-            return Page([item.body for item in found.rows], found.has_more)
+            found = page(session, ConversationItemRow, query, cursor, lambda item: item.body)
+            if found is None:
+                raise KeyError(cursor.after)
+            return found
 
     def get_item(self, conversation_id: str, item_id: str) -> Json | None:
         """Return an item; ``None`` also if the conversation has none of that id."""

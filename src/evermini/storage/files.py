@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Double, ForeignKey, Index, func, or_, select
+from sqlalchemy import Double, ForeignKey, Index, Select, func, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 
 from evermini.storage.database import Database
@@ -154,18 +154,11 @@ class FileStore:
 
     def list(self, cursor: Cursor, *, purpose: str | None, now: float) -> Page[StoredFile] | None:
         """Return a page, newest first by default; ``None`` if there is no file ``cursor.after``."""
-        query = owned(FileRow, self._project).where(_lives(now))
+        query = there = self._there(now)
         if purpose is not None:
             query = query.where(FileRow.purpose == purpose)
         with self._database.reading() as session:
-            after = None
-            if cursor.after is not None:
-                before = self._find(session, cursor.after, now)
-                if before is None:
-                    return None
-                after = before.number
-            found = page(session, query, FileRow.number, after, cursor)
-            return Page([_stored(row) for row in found.rows], found.has_more)
+            return page(session, FileRow, query, cursor, _stored, among=there)
 
     def delete(self, file_id: str, now: float) -> Sequence[str] | None:
         """Delete a file and return the blobs that are free now; ``None`` if there is none of that id."""
@@ -208,8 +201,12 @@ class FileStore:
             return session.scalar(select(func.coalesce(func.sum(FileRow.num_bytes), 0))) or 0
 
     def _find(self, session: Session, file_id: str, now: float) -> FileRow | None:
-        query = owned(FileRow, self._project).where(FileRow.id == file_id, _lives(now))
-        return session.scalar(query)
+        return session.scalar(self._there(now).where(FileRow.id == file_id))
+
+    def _there(self, now: float) -> Select[FileRow]:
+        """Return the query of the files that exist now, for the project."""
+        is_alive = or_(FileRow.expires_at.is_(None), FileRow.expires_at > now)
+        return owned(FileRow, self._project).where(is_alive)
 
 
 class UploadStore:
@@ -298,10 +295,6 @@ class UploadStore:
         row = find(session, UploadRow, upload_id, self._project, lock=True)
         is_pending = row is not None and row.status == "pending" and row.expires_at > now
         return row if is_pending else None
-
-
-def _lives(now: float):  # type: ignore[no-untyped-def]  # SQLAlchemy's types of conditions say nothing to a reader
-    return or_(FileRow.expires_at.is_(None), FileRow.expires_at > now)
 
 
 def add_file(session: Session, file: StoredFile) -> None:

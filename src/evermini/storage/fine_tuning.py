@@ -27,6 +27,7 @@ from evermini.storage.schema import (
     Base,
     Cursor,
     Json,
+    Listed,
     Number,
     Owned,
     Page,
@@ -58,7 +59,7 @@ class FineTuningRow(Shown, Owned, Base):
     project: Mapped[str]
 
 
-class FineTuningEventRow(Base):
+class FineTuningEventRow(Listed, Base):
     """Something that happened; ``step`` is set for metrics, of which a step has one."""
 
     __tablename__ = "fine_tuning_events"
@@ -75,7 +76,7 @@ class FineTuningEventRow(Base):
     data: Mapped[Json]
 
 
-class FineTuningCheckpointRow(Base):
+class FineTuningCheckpointRow(Listed, Base):
     """An epoch's weights; ``name`` is the model's."""
 
     __tablename__ = "fine_tuning_checkpoints"
@@ -193,17 +194,13 @@ class TuningStore:
             The page; ``None`` if there is no job ``cursor.after``.
         """
         with self._database.reading() as session:
-            after = None
-            if cursor.after is not None:
-                before = find(session, FineTuningRow, cursor.after, self._project)
-                if before is None:
-                    return None
-                after = before.number
             query = owned(FineTuningRow, self._project)
             if not metadata and not bare:
-                found = page(session, query, FineTuningRow.number, after, cursor)
-                return Page([_stored(row) for row in found.rows], found.has_more)
-            rows = session.scalars(behind(query, FineTuningRow.number, after, cursor))
+                return page(session, FineTuningRow, query, cursor, _stored)
+            rest = behind(session, FineTuningRow, query, cursor)
+            if rest is None:
+                return None
+            rows = session.scalars(rest)
             fitting = (row for row in rows if _has(row.body["metadata"], metadata or {}, bare))
             some = [_stored(row) for row in islice(fitting, cursor.limit + 1)]
             return Page(some[: cursor.limit], len(some) > cursor.limit)
@@ -263,18 +260,8 @@ class TuningStore:
             row = find(session, FineTuningRow, tuning_id, self._project)
             if row is None:
                 return None
-            after = None
-            if cursor.after is not None:
-                after = session.scalar(
-                    select(FineTuningEventRow.number).where(
-                        FineTuningEventRow.job == row.number, FineTuningEventRow.id == cursor.after
-                    )
-                )
-                if after is None:
-                    return None
             query = select(FineTuningEventRow).where(FineTuningEventRow.job == row.number)
-            found = page(session, query, FineTuningEventRow.number, after, cursor)
-            return Page([_event(one) for one in found.rows], found.has_more)
+            return page(session, FineTuningEventRow, query, cursor, _event)
 
     def metrics(self, tuning_id: str) -> Sequence[Event]:
         """Return the metrics of a job's steps, in order."""
@@ -294,14 +281,7 @@ class TuningStore:
             if row is None:
                 return None
             query = select(FineTuningCheckpointRow).where(FineTuningCheckpointRow.job == row.number)
-            after = None
-            if cursor.after is not None:
-                before = session.scalar(query.where(FineTuningCheckpointRow.id == cursor.after))
-                if before is None:
-                    return None
-                after = before.number
-            found = page(session, query, FineTuningCheckpointRow.number, after, cursor)
-            return Page([_checkpoint(one) for one in found.rows], found.has_more)
+            return page(session, FineTuningCheckpointRow, query, cursor, _checkpoint)
 
     # By the worker
 

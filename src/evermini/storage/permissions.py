@@ -60,18 +60,11 @@ class PermissionStore:
         self, model: str, cursor: Cursor, project: str | None = None
     ) -> Page[Permission] | None:
         """Return a page of a model's permissions, or of one project's; ``None``: there is none ``cursor.after``."""
-        query = _of(model)
+        query = every = _of(model)
+        if project is not None:
+            query = query.where(ModelPermissionRow.project == project)
         with self._database.reading() as session:
-            after = None
-            if cursor.after is not None:
-                before = session.scalar(query.where(ModelPermissionRow.id == cursor.after))
-                if before is None:
-                    return None
-                after = before.number
-            if project is not None:
-                query = query.where(ModelPermissionRow.project == project)
-            found = page(session, query, ModelPermissionRow.number, after, cursor)
-            return Page([_stored(row) for row in found.rows], found.has_more)
+            return page(session, ModelPermissionRow, query, cursor, _stored, among=every)
 
     def delete(self, model: str, permission_id: str) -> bool:
         """Stop sharing; ``False``: the model has no such permission."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from sqlalchemy import JSON, BigInteger, Integer, MetaData, Select, select
-from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, Session
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session
 
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
 Scope = Literal["inference", "files", "admin"]
 """What a key may be good for: models; files, batches and training; everybody's usage and costs, and who may use
 which model."""
-RowT = TypeVar("RowT")
+T = TypeVar("T")
+ListedT = TypeVar("ListedT", bound="Listed")
 OwnedT = TypeVar("OwnedT", bound="Owned")
 
 Number = BigInteger().with_variant(Integer, "sqlite")
@@ -51,12 +52,18 @@ class Shown:
         self.status = self.body["status"]
 
 
-class Owned:
-    """Of a table whose rows clients know by their ids. Each belongs to the project of the key that it was made with."""
+class Listed:
+    """Of a table whose rows clients know by their ids, and read in pages."""
 
     if TYPE_CHECKING:
         number: Mapped[int]
         id: Mapped[str]
+
+
+class Owned(Listed):
+    """Of one whose rows belong each to the project of the key that it was made with."""
+
+    if TYPE_CHECKING:
         project: Mapped[str]
 
 
@@ -88,10 +95,10 @@ def find(
 
 
 @dataclass(frozen=True)
-class Page(Generic[RowT]):
+class Page(Generic[T]):
     """Some rows of a listing, and whether there are more behind them."""
 
-    rows: Sequence[RowT]
+    rows: Sequence[T]
     has_more: bool
 
 
@@ -106,43 +113,45 @@ class Cursor:
 
 def page(
     session: Session,
-    query: Select[RowT],
-    key: InstrumentedAttribute[int],
-    after: int | None,
+    rows: type[ListedT],
+    query: Select[ListedT],
     cursor: Cursor,
-) -> Page[RowT]:
-    """Return a page of ``query``, sorted by ``key``, which is unique.
+    stored: Callable[[ListedT], T],
+    *,
+    among: Select[ListedT] | None = None,
+) -> Page[T] | None:
+    """Return a page of ``query``, in order of insertion; ``None`` if there is no row ``cursor.after``.
 
     Args:
         session: Where to ask.
-        query: The rows to choose from.
-        key: What they are sorted by.
-        after: The key of the row before the page; ``None``: from the start.
-        cursor: The length and the order.
+        rows: The table.
+        query: Its rows to choose from.
+        cursor: Which page.
+        stored: Makes of a row what the page has.
+        among: Where ``cursor.after`` is looked for, if ``query`` is a choice of those; default: in ``query``.
     """
-    query = behind(query, key, after, cursor).limit(cursor.limit + 1)
-    rows = session.scalars(query).all()
-    return Page(rows[: cursor.limit], len(rows) > cursor.limit)
+    rest = behind(session, rows, query, cursor, among=among)
+    if rest is None:
+        return None
+    found = session.scalars(rest.limit(cursor.limit + 1)).all()
+    return Page([stored(row) for row in found[: cursor.limit]], len(found) > cursor.limit)
 
 
 def behind(
-    query: Select[RowT], key: InstrumentedAttribute[int], after: int | None, cursor: Cursor
-) -> Select[RowT]:
-    """Return ``query`` in the cursor's order, without its length; the rest as for `page`."""
+    session: Session,
+    rows: type[ListedT],
+    query: Select[ListedT],
+    cursor: Cursor,
+    *,
+    among: Select[ListedT] | None = None,
+) -> Select[ListedT] | None:
+    """Return the query of all that comes after ``cursor.after``, of any length; the rest as for `page`."""
     ascending = cursor.order == "asc"
-    if after is not None:
-        query = query.where(key > after if ascending else key < after)
-    return query.order_by(key.asc() if ascending else key.desc())
-
-
-def owned_page(
-    session: Session, rows: type[OwnedT], query: Select[OwnedT], cursor: Cursor, project: str | None
-) -> Page[OwnedT] | None:
-    """Return a page of ``query``, in order of insertion; ``None`` if the project has no row ``cursor.after``."""
-    after = None
     if cursor.after is not None:
-        before = find(session, rows, cursor.after, project)
-        if before is None:
+        known = query if among is None else among
+        named = known.where(rows.id == cursor.after).with_only_columns(rows.number)
+        after = session.scalar(named)
+        if after is None:
             return None
-        after = before.number
-    return page(session, query, rows.number, after, cursor)
+        query = query.where(rows.number > after if ascending else rows.number < after)
+    return query.order_by(rows.number.asc() if ascending else rows.number.desc())
