@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from evermini.api.body import read_request
 from evermini.api.description import PageOf, cursor, described
 from evermini.api.errors import JsonResponse
-from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.api.listing import page_object, read_cursor
 from evermini.api.middleware import INTERNAL
 from evermini.service.batches.requests import BatchCreate, BatchService, parse_batch
 from evermini.service.batches.worker import Execute
@@ -40,9 +40,7 @@ async def list_batches(request: Request) -> Response:
     """List batches, the newest first."""
     cursor = read_cursor(request, order="desc")
     found = await _service(request).list(cursor)
-    if found is None:
-        raise no_such_cursor(cursor)
-    return JsonResponse(list_object([batch.body for batch in found.rows], found.has_more))
+    return JsonResponse(page_object(found, cursor, lambda batch: batch.body))
 
 
 @router.get("/{batch_id}")

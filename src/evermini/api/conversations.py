@@ -21,10 +21,10 @@ from evermini.service.responses.context import no_conversation
 from evermini.service.responses.items import InputItem, new_id, parse_items
 from evermini.service.responses.service import Responses
 from evermini.service.schemas import Metadata, MetadataUpdate, parse_metadata_update
+from evermini.service.seen import Seen
 from evermini.service.shapes import ConversationAnswer, Deleted, Item
 from evermini.service.validation import WireModel
 from evermini.storage.conversations import ConversationStore, StoredConversation
-from evermini.storage.database import Database
 
 router = APIRouter(prefix="/v1/conversations")
 
@@ -54,20 +54,22 @@ async def create_conversation(request: Request) -> Response:
     """Create a conversation, with items or without."""
     wanted = await read_request(request, lambda body: validation.parse(NewConversation, body))
     items = await _resolved(request, wanted.items or [])
-    database, store = _store(request)
-    project = current_caller.get().project
-    made = await database.run(store.add, new_id("conv"), wanted.metadata or {}, items, project)
-    return JsonResponse(_wire(made))
+    made = await _stored(request).ask(
+        ConversationStore.add,
+        new_id("conv"),
+        wanted.metadata or {},
+        items,
+        current_caller.get().project,
+    )
+    return JsonResponse(conversation_object(made))
 
 
 @router.get("/{conversation_id}")
 @described(answer=ConversationAnswer)
 async def retrieve_conversation(request: Request, conversation_id: str) -> Response:
     """Return a conversation."""
-    database, store = _store(request)
-    return JsonResponse(
-        _wire(_found(await database.run(store.get, conversation_id), conversation_id))
-    )
+    found = await _stored(request).find(conversation_id, ConversationStore.get)
+    return JsonResponse(conversation_object(found))
 
 
 @router.post("/{conversation_id}")
@@ -75,18 +77,15 @@ async def retrieve_conversation(request: Request, conversation_id: str) -> Respo
 async def update_conversation(request: Request, conversation_id: str) -> Response:
     """Replace a conversation's metadata."""
     metadata = await read_request(request, parse_metadata_update)
-    database, store = _store(request)
-    changed = await database.run(store.update, conversation_id, metadata)
-    return JsonResponse(_wire(_found(changed, conversation_id)))
+    changed = await _stored(request).find(conversation_id, ConversationStore.update, metadata)
+    return JsonResponse(conversation_object(changed))
 
 
 @router.delete("/{conversation_id}")
 @described(answer=Deleted)
 async def delete_conversation(request: Request, conversation_id: str) -> Response:
     """Delete a conversation and its items; responses that belong to it stay."""
-    database, store = _store(request)
-    if not await database.run(store.delete, conversation_id):
-        raise no_conversation(conversation_id)
+    await _stored(request).find(conversation_id, ConversationStore.delete)
     return JsonResponse({"id": conversation_id, "object": "conversation.deleted", "deleted": True})
 
 
@@ -96,10 +95,7 @@ async def create_items(request: Request, conversation_id: str) -> Response:
     """Add items at the end."""
     wanted = await read_request(request, lambda body: validation.parse(NewItems, body))
     items = await _resolved(request, wanted.items)
-    database, store = _store(request)
-    added = await database.run(store.append, conversation_id, items)
-    if added is None:
-        raise no_conversation(conversation_id)
+    added = await _stored(request).find(conversation_id, ConversationStore.append, items)
     return JsonResponse(list_object(added, has_more=False))
 
 
@@ -108,13 +104,10 @@ async def create_items(request: Request, conversation_id: str) -> Response:
 async def list_items(request: Request, conversation_id: str) -> Response:
     """List the items, the newest first unless said otherwise."""
     cursor = read_cursor(request, order="desc")
-    database, store = _store(request)
     try:
-        found = await database.run(store.list, conversation_id, cursor)
+        found = await _stored(request).find(conversation_id, ConversationStore.list, cursor)
     except KeyError:
         raise no_such_cursor(cursor) from None
-    if found is None:
-        raise no_conversation(conversation_id)
     return JsonResponse(list_object(found.rows, found.has_more))
 
 
@@ -122,8 +115,7 @@ async def list_items(request: Request, conversation_id: str) -> Response:
 @described(answer=Item)
 async def retrieve_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """Return an item."""
-    database, store = _store(request)
-    item = await database.run(store.get_item, conversation_id, item_id)
+    item = await _stored(request).ask(ConversationStore.get_item, conversation_id, item_id)
     if item is None:
         raise _no_item(conversation_id, item_id)
     return JsonResponse(item)
@@ -133,37 +125,30 @@ async def retrieve_item(request: Request, conversation_id: str, item_id: str) ->
 @described(answer=ConversationAnswer)
 async def delete_item(request: Request, conversation_id: str, item_id: str) -> Response:
     """Delete an item and return its conversation."""
-    database, store = _store(request)
     try:
-        left = await database.run(store.delete_item, conversation_id, item_id)
+        left = await _stored(request).find(conversation_id, ConversationStore.delete_item, item_id)
     except KeyError:
         raise _no_item(conversation_id, item_id) from None
-    return JsonResponse(_wire(_found(left, conversation_id)))
+    return JsonResponse(conversation_object(left))
 
 
-async def _resolved(request: Request, items: Sequence[InputItem]) -> list[dict[str, Any]]:
-    responses: Responses = request.app.state.responses
-    return await responses.contexts.resolve(parse_items(items, "items"), "items")
-
-
-def _store(request: Request) -> tuple[Database, ConversationStore]:
-    database: Database = request.app.state.database
-    return database, ConversationStore(database, current_caller.get().sees)
-
-
-def _found(stored: StoredConversation | None, conversation_id: str) -> StoredConversation:
-    if stored is None:
-        raise no_conversation(conversation_id)
-    return stored
-
-
-def _wire(stored: StoredConversation) -> dict[str, Any]:
+def conversation_object(stored: StoredConversation) -> dict[str, Any]:
+    """Return the contract's conversation object."""
     return {
         "id": stored.id,
         "object": "conversation",
         "created_at": stored.created_at,
         "metadata": stored.metadata,
     }
+
+
+def _stored(request: Request) -> Seen[ConversationStore]:
+    return Seen(request.app.state.database, ConversationStore, no_conversation)
+
+
+async def _resolved(request: Request, items: Sequence[InputItem]) -> list[dict[str, Any]]:
+    responses: Responses = request.app.state.responses
+    return await responses.contexts.resolve(parse_items(items, "items"), "items")
 
 
 def _no_item(conversation_id: str, item_id: str) -> NotFoundError:

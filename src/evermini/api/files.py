@@ -15,7 +15,7 @@ from starlette.responses import Response, StreamingResponse
 from evermini.api.body import read_request
 from evermini.api.description import Media, PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
-from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.api.listing import page_object, read_cursor
 from evermini.api.multipart import Form, read_form
 from evermini.errors import RangeError
 from evermini.service.file_requests import (
@@ -93,11 +93,10 @@ async def list_files(request: Request) -> Response:
     """List files, the newest first."""
     cursor = read_cursor(request, order="desc", limit=MAX_FILES, max_limit=MAX_FILES)
     found = await _service(request).list(cursor, request.query_params.get("purpose") or None)
-    if found is None:
-        raise no_such_cursor(cursor)
-    ingests = await _ingests(request).of([file.id for file in found.rows])
-    objects = [file_object(file, ingests.get(file.id)) for file in found.rows]
-    return JsonResponse(list_object(objects, found.has_more))
+    ingests = await _ingests(request).of([file.id for file in found.rows] if found else [])
+    return JsonResponse(
+        page_object(found, cursor, lambda file: file_object(file, ingests.get(file.id)))
+    )
 
 
 @router.get("/v1/files/{file_id}")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator
+from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -14,21 +14,21 @@ from evermini.api import sse
 from evermini.api.body import read_request
 from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
-from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.api.listing import list_object, page_object, read_cursor, read_metadata
 from evermini.errors import NotFoundError
 from evermini.service.fine_tuning.schemas import TuningCreate, parse_tuning
 from evermini.service.fine_tuning.service import (
     FineTuning,
-    wire_checkpoint,
-    wire_event,
-    wire_tuning,
+    checkpoint_object,
+    event_object,
+    tuning_object,
 )
 from evermini.service.jobs import JobRunner
 from evermini.service.permissions import (
     PermissionCreate,
     Permissions,
     parse_permission,
-    wire_permission,
+    permission_object,
 )
 from evermini.service.shapes import (
     Deleted,
@@ -56,7 +56,7 @@ async def create_fine_tuning_job(request: Request) -> Response:
     tuning = await _service(request).create(wanted)
     jobs: JobRunner = request.app.state.jobs
     jobs.poke()
-    return JsonResponse(wire_tuning(tuning))
+    return JsonResponse(tuning_object(tuning))
 
 
 @router.get("/jobs")
@@ -75,37 +75,30 @@ async def create_fine_tuning_job(request: Request) -> Response:
 async def list_fine_tuning_jobs(request: Request) -> Response:
     """List jobs, the newest first; ``metadata[key]=value`` and ``metadata=null`` choose among them."""
     cursor = read_cursor(request, order="desc")
-    pairs = {
-        match[1]: value
-        for key, value in request.query_params.multi_items()
-        if (match := re.fullmatch(r"metadata\[(.+)\]", key, re.DOTALL))
-    }
     bare = request.query_params.get("metadata") == "null"
-    found = await _service(request).list(cursor, pairs, bare=bare)
-    if found is None:
-        raise no_such_cursor(cursor)
-    return JsonResponse(list_object([wire_tuning(tuning) for tuning in found.rows], found.has_more))
+    found = await _service(request).list(cursor, read_metadata(request), bare=bare)
+    return JsonResponse(page_object(found, cursor, tuning_object))
 
 
 @router.get("/jobs/{tuning_id}")
 @described(answer=TuningAnswer)
 async def retrieve_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Return a job."""
-    return JsonResponse(wire_tuning(await _service(request).get(tuning_id)))
+    return JsonResponse(tuning_object(await _service(request).get(tuning_id)))
 
 
 @router.post("/jobs/{tuning_id}/cancel")
 @described(answer=TuningAnswer)
 async def cancel_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """End a job early."""
-    return JsonResponse(wire_tuning(await _service(request).cancel(tuning_id)))
+    return JsonResponse(tuning_object(await _service(request).cancel(tuning_id)))
 
 
 @router.post("/jobs/{tuning_id}/pause")
 @described(answer=TuningAnswer)
 async def pause_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Let a job wait; what is trained is kept."""
-    return JsonResponse(wire_tuning(await _service(request).pause(tuning_id)))
+    return JsonResponse(tuning_object(await _service(request).pause(tuning_id)))
 
 
 @router.post("/jobs/{tuning_id}/resume")
@@ -115,7 +108,7 @@ async def resume_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     tuning = await _service(request).resume(tuning_id)
     jobs: JobRunner = request.app.state.jobs
     jobs.poke()
-    return JsonResponse(wire_tuning(tuning))
+    return JsonResponse(tuning_object(tuning))
 
 
 @router.get("/jobs/{tuning_id}/events")
@@ -135,9 +128,7 @@ async def list_fine_tuning_events(request: Request, tuning_id: str) -> Response:
         return sse.EventStream(_follow(service, tuning_id), close=lambda: None)
     cursor = read_cursor(request, order="desc")
     found = await service.events(tuning_id, cursor)
-    if found is None:
-        raise no_such_cursor(cursor)
-    return JsonResponse(list_object([wire_event(event) for event in found.rows], found.has_more))
+    return JsonResponse(page_object(found, cursor, event_object))
 
 
 @router.get("/jobs/{tuning_id}/checkpoints")
@@ -146,10 +137,7 @@ async def list_fine_tuning_checkpoints(request: Request, tuning_id: str) -> Resp
     """List a job's checkpoints, the newest first."""
     cursor = read_cursor(request, order="desc", limit=10)
     found = await _service(request).checkpoints(tuning_id, cursor)
-    if found is None:
-        raise no_such_cursor(cursor)
-    listed = [wire_checkpoint(tuning_id, checkpoint) for checkpoint in found.rows]
-    return JsonResponse(list_object(listed, found.has_more))
+    return JsonResponse(page_object(found, cursor, partial(checkpoint_object, tuning_id)))
 
 
 @router.post("/checkpoints/{model:path}/permissions")
@@ -158,7 +146,7 @@ async def create_checkpoint_permissions(request: Request, model: str) -> Respons
     """Share a fine-tuned model with projects."""
     wanted = await read_request(request, parse_permission)
     made = await _permissions(request).share(model, wanted.project_ids)
-    return JsonResponse(list_object([wire_permission(one) for one in made], has_more=False))
+    return JsonResponse(list_object([permission_object(one) for one in made], has_more=False))
 
 
 @router.get("/checkpoints/{model:path}/permissions")
@@ -174,10 +162,7 @@ async def list_checkpoint_permissions(request: Request, model: str) -> Response:
     cursor = read_cursor(request, order="desc", limit=10, words=ORDERS)
     project = request.query_params.get("project_id")
     found = await _permissions(request).list(model, cursor, project)
-    if found is None:
-        raise no_such_cursor(cursor)
-    listed = [wire_permission(permission) for permission in found.rows]
-    return JsonResponse(list_object(listed, found.has_more))
+    return JsonResponse(page_object(found, cursor, permission_object))
 
 
 @router.delete("/checkpoints/{model:path}/permissions/{permission_id}")
@@ -214,7 +199,7 @@ async def _follow(service: FineTuning, tuning_id: str) -> AsyncGenerator[bytes, 
                 after = event.id
                 if after not in seen:
                     seen.add(after)
-                    yield sse.data(wire_event(event))
+                    yield sse.data(event_object(event))
             if not found.has_more:
                 break
         if tuning.status in FINAL:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from evermini.errors import InvalidRequestError, NotFoundError
-from evermini.storage.schema import Cursor, Order
+from evermini.storage.schema import Cursor, Order, Page
+
+T = TypeVar("T")
 
 MAX_LIMIT = 100
 
@@ -60,6 +63,15 @@ def read_cursor(
     return Cursor(query.get("after") or None, int(given), "asc" if wanted == ascending else "desc")
 
 
+def read_metadata(request: Request) -> dict[str, str]:
+    """Return the pairs that the query asks for, each written ``metadata[key]=value``."""
+    return {
+        match[1]: value
+        for key, value in request.query_params.multi_items()
+        if (match := re.fullmatch(r"metadata\[(.+)\]", key, re.DOTALL))
+    }
+
+
 def list_object(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any]:
     """Return the contract's list object."""
     return {
@@ -69,6 +81,24 @@ def list_object(data: Sequence[dict[str, Any]], has_more: bool) -> dict[str, Any
         "last_id": data[-1]["id"] if data else None,
         "has_more": has_more,
     }
+
+
+def page_object(
+    found: Page[T] | None, cursor: Cursor, item: Callable[[T], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a page that was found as a list object.
+
+    Args:
+        found: The page; ``None``: the list has nothing of the id ``cursor.after``.
+        cursor: Which page was asked for.
+        item: Makes the contract's object of a row.
+
+    Raises:
+        NotFoundError: There is no such page.
+    """
+    if found is None:
+        raise no_such_cursor(cursor)
+    return list_object([item(row) for row in found.rows], found.has_more)
 
 
 def page_of(items: Sequence[dict[str, Any]], cursor: Cursor) -> dict[str, Any]:

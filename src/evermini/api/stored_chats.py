@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,13 +9,12 @@ from starlette.responses import Response
 from evermini.api.body import read_request
 from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
-from evermini.api.listing import list_object, no_such_cursor, page_of, read_cursor
+from evermini.api.listing import page_object, page_of, read_cursor, read_metadata
 from evermini.errors import NotFoundError
-from evermini.service.caller import current_caller
 from evermini.service.schemas import MetadataUpdate, parse_metadata_update
+from evermini.service.seen import Seen
 from evermini.service.shapes import ChatAnswer, Deleted, StoredMessage
 from evermini.storage.chats import ChatStore
-from evermini.storage.database import Database
 
 router = APIRouter(prefix="/v1/chat/completions")
 
@@ -37,29 +34,21 @@ _LISTING = [
 @described(query=_LISTING, answer=PageOf(ChatAnswer))
 async def list_chat_completions(request: Request) -> Response:
     """List stored completions, filtered by model and by pairs of metadata (``metadata[key]=value``)."""
-    database, store = _store(request)
     cursor = read_cursor(request, order="asc")
-    pairs = {
-        match[1]: value
-        for key, value in request.query_params.multi_items()
-        if (match := re.fullmatch(r"metadata\[(.+)\]", key, re.DOTALL))
-    }
-    found = await database.run(
-        store.list, cursor, model=request.query_params.get("model"), metadata=pairs
+    found = await _stored(request).ask(
+        ChatStore.list,
+        cursor,
+        model=request.query_params.get("model"),
+        metadata=read_metadata(request),
     )
-    if found is None:
-        raise no_such_cursor(cursor)
-    return JsonResponse(list_object([chat.body for chat in found.rows], found.has_more))
+    return JsonResponse(page_object(found, cursor, lambda chat: chat.body))
 
 
 @router.get("/{completion_id}")
 @described(answer=ChatAnswer)
 async def retrieve_chat_completion(request: Request, completion_id: str) -> Response:
     """Return a stored completion as it was answered."""
-    database, store = _store(request)
-    found = await database.run(store.get, completion_id)
-    if found is None:
-        raise _not_found(completion_id)
+    found = await _stored(request).find(completion_id, ChatStore.get)
     return JsonResponse(found.body)
 
 
@@ -67,11 +56,8 @@ async def retrieve_chat_completion(request: Request, completion_id: str) -> Resp
 @described(body=MetadataUpdate, answer=ChatAnswer)
 async def update_chat_completion(request: Request, completion_id: str) -> Response:
     """Replace a stored completion's metadata, the one thing about it that can change."""
-    database, store = _store(request)
     metadata = await read_request(request, parse_metadata_update)
-    found = await database.run(store.update, completion_id, metadata)
-    if found is None:
-        raise _not_found(completion_id)
+    found = await _stored(request).find(completion_id, ChatStore.update, metadata)
     return JsonResponse(found.body)
 
 
@@ -79,9 +65,7 @@ async def update_chat_completion(request: Request, completion_id: str) -> Respon
 @described(answer=Deleted)
 async def delete_chat_completion(request: Request, completion_id: str) -> Response:
     """Delete a stored completion."""
-    database, store = _store(request)
-    if not await database.run(store.delete, completion_id):
-        raise _not_found(completion_id)
+    await _stored(request).find(completion_id, ChatStore.delete)
     return JsonResponse({"object": "chat.completion.deleted", "id": completion_id, "deleted": True})
 
 
@@ -89,17 +73,13 @@ async def delete_chat_completion(request: Request, completion_id: str) -> Respon
 @described(query=cursor("asc"), answer=PageOf(StoredMessage))
 async def list_chat_messages(request: Request, completion_id: str) -> Response:
     """List the messages that a stored completion answered."""
-    database, store = _store(request)
     cursor = read_cursor(request, order="asc")
-    found = await database.run(store.get, completion_id)
-    if found is None:
-        raise _not_found(completion_id)
+    found = await _stored(request).find(completion_id, ChatStore.get)
     return JsonResponse(page_of(found.messages, cursor))
 
 
-def _store(request: Request) -> tuple[Database, ChatStore]:
-    database: Database = request.app.state.database
-    return database, ChatStore(database, current_caller.get().sees)
+def _stored(request: Request) -> Seen[ChatStore]:
+    return Seen(request.app.state.database, ChatStore, _not_found)
 
 
 def _not_found(completion_id: str) -> NotFoundError:

@@ -22,6 +22,7 @@ from typing import TypeVar
 from evermini.errors import NotFoundError, RequestTooLargeError, StorageError
 from evermini.service.caller import current_caller
 from evermini.service.file_requests import FileCreate, check_name, lifetime
+from evermini.service.seen import Seen
 from evermini.storage.blobs import BlobStore, BlobWriter
 from evermini.storage.database import Database
 from evermini.storage.files import FileStore, Piece, StoredFile
@@ -52,6 +53,7 @@ class FileService:
         self._database = database
         self._blobs = blobs
         self._files = FileStore(database)
+        self._seen = Seen(database, FileStore, _no_such_file)
         self._clock = _WatchedClock()
 
     # Bytes on their way in
@@ -142,14 +144,11 @@ class FileService:
         Raises:
             NotFoundError: There is none of that id.
         """
-        file = await self._database.run(self._seen().get, file_id, time.time())
-        if file is None:
-            raise _no_such_file(file_id)
-        return file
+        return await self._seen.find(file_id, FileStore.get, time.time())
 
     async def list(self, cursor: Cursor, purpose: str | None) -> Page[StoredFile] | None:
         """Return a page of files; ``None`` if there is no file ``cursor.after``."""
-        return await self._database.run(self._seen().list, cursor, purpose=purpose, now=time.time())
+        return await self._seen.ask(FileStore.list, cursor, purpose=purpose, now=time.time())
 
     async def delete(self, file_id: str) -> None:
         """Delete a file and its bytes.
@@ -157,10 +156,7 @@ class FileService:
         Raises:
             NotFoundError: There is none of that id.
         """
-        blobs = await self._database.run(self._seen().delete, file_id, time.time())
-        if blobs is None:
-            raise _no_such_file(file_id)
-        await self.free(blobs)
+        await self.free(await self._seen.find(file_id, FileStore.delete, time.time()))
 
     def read(self, file: StoredFile, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield a file's bytes from ``start`` to before ``end``. Blocks: iterate in a thread.
@@ -227,9 +223,6 @@ class FileService:
             await asyncio.to_thread(self._blobs.delete, blobs)
         except StorageError as error:
             log.warning("%d blobs are left to `evermini gc`: %s", len(blobs), error.message)
-
-    def _seen(self) -> FileStore:
-        return FileStore(self._database, current_caller.get().sees)
 
     async def _delete_expired(self) -> None:
         """Delete what has expired; it is not shown any more in any case."""

@@ -102,7 +102,7 @@ class Permissions:
         return found
 
 
-def wire_permission(permission: Permission) -> dict[str, Any]:
+def permission_object(permission: Permission) -> dict[str, Any]:
     """Return a permission as clients see it."""
     return {
         "id": permission.id,

@@ -23,6 +23,7 @@ from evermini.service.file_requests import (
     lifetime,
 )
 from evermini.service.files import FileService, random_token
+from evermini.service.seen import Seen
 from evermini.storage.blobs import BlobWriter
 from evermini.storage.database import Database
 from evermini.storage.files import Piece, StoredFile, StoredUpload, UploadStore
@@ -54,6 +55,7 @@ class UploadService:
         self._database = database
         self._files = files
         self._uploads = UploadStore(database)
+        self._seen = Seen(database, UploadStore, _no_such_upload)
 
     async def announce(self, wanted: UploadCreate) -> StoredUpload:
         """Begin an upload in parts.
@@ -87,10 +89,7 @@ class UploadService:
             NotFoundError: There is none of that id.
             InvalidRequestError: It does not take parts any more.
         """
-        seen = UploadStore(self._database, current_caller.get().sees)
-        upload = await self._database.run(seen.get, upload_id)
-        if upload is None:
-            raise NotFoundError(f"No such Upload object: {upload_id[:200]}", param="upload_id")
+        upload = await self._seen.find(upload_id, UploadStore.get)
         status = upload.status
         if status == "pending" and upload.expires_at <= time.time():
             status = "expired"
@@ -193,6 +192,10 @@ class UploadService:
         for data in self._files.read(file):
             digest.update(data)
         return digest.hexdigest()
+
+
+def _no_such_upload(upload_id: str) -> NotFoundError:
+    return NotFoundError(f"No such Upload object: {upload_id[:200]}", param="upload_id")
 
 
 def _pieces(upload: StoredUpload, part_ids: Sequence[str]) -> tuple[Piece, ...]:

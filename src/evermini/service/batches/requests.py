@@ -11,6 +11,7 @@ from evermini.service.caller import current_caller
 from evermini.service.file_requests import ExpiresAfter
 from evermini.service.files import FileService, random_token
 from evermini.service.schemas import Metadata
+from evermini.service.seen import Seen
 from evermini.service.validation import WireModel
 from evermini.storage.batches import FINAL, BatchStore, StoredBatch
 from evermini.storage.database import Database
@@ -52,6 +53,7 @@ class BatchService:
         self._database = database
         self._files = files
         self._store = BatchStore(database)
+        self._seen = Seen(database, BatchStore, _no_such_batch)
 
     async def create(self, wanted: BatchCreate) -> StoredBatch:
         """Store a batch; it is begun when a process has room for it.
@@ -86,14 +88,11 @@ class BatchService:
         Raises:
             NotFoundError: There is none of that id.
         """
-        batch = await self._database.run(self._seen().get, batch_id)
-        if batch is None:
-            raise _no_such_batch(batch_id)
-        return batch
+        return await self._seen.find(batch_id, BatchStore.get)
 
     async def list(self, cursor: Cursor) -> Page[StoredBatch] | None:
         """Return a page of batches; ``None`` if there is no batch ``cursor.after``."""
-        return await self._database.run(self._seen().list, cursor)
+        return await self._seen.ask(BatchStore.list, cursor)
 
     async def cancel(self, batch_id: str) -> StoredBatch:
         """Let a batch end early; what is done by then is in its files.
@@ -102,17 +101,12 @@ class BatchService:
             NotFoundError: There is none of that id.
             InvalidRequestError: It has ended, in another way.
         """
-        batch = await self._database.run(self._seen().cancel, batch_id, int(time.time()))
-        if batch is None:
-            raise _no_such_batch(batch_id)
+        batch = await self._seen.find(batch_id, BatchStore.cancel, int(time.time()))
         if batch.status in FINAL and batch.status != "cancelled":
             raise InvalidRequestError(
                 f"Cannot cancel a batch with status '{batch.status}'.", param="batch_id"
             )
         return batch
-
-    def _seen(self) -> BatchStore:
-        return BatchStore(self._database, current_caller.get().sees)
 
 
 def new_batch(wanted: BatchCreate, file_id: str) -> dict[str, Any]:

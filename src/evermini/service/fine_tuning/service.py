@@ -25,6 +25,7 @@ from evermini.service.files import FileService, random_token
 from evermini.service.fine_tuning.schemas import TuningCreate
 from evermini.service.fine_tuning.spec import JobSpec, TuningOptions
 from evermini.service.loading import what_to_serve
+from evermini.service.seen import Seen
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
 from evermini.storage.fine_tuning import (
@@ -79,6 +80,7 @@ class FineTuning:
         self._adapters = adapters
         self._settings = settings
         self._store = TuningStore(database)
+        self._seen = Seen(database, TuningStore, _no_such_tuning)
 
     async def create(self, wanted: TuningCreate) -> StoredTuning:
         """Store a job; its files are checked, and then it waits for its turn.
@@ -170,13 +172,13 @@ class FineTuning:
         Raises:
             NotFoundError: There is none of that id.
         """
-        return _found(await self._database.run(self._seen().get, tuning_id), tuning_id)
+        return await self._seen.find(tuning_id, TuningStore.get)
 
     async def list(
         self, cursor: Cursor, metadata: Mapping[str, str] | None = None, *, bare: bool = False
     ) -> Page[StoredTuning] | None:
         """Return a page of jobs, as `TuningStore.list` does."""
-        return await self._database.run(self._seen().list, cursor, metadata, bare=bare)
+        return await self._seen.ask(TuningStore.list, cursor, metadata, bare=bare)
 
     async def cancel(self, tuning_id: str) -> StoredTuning:
         """End a job; one that is cancelled already stays so.
@@ -186,8 +188,8 @@ class FineTuning:
             InvalidRequestError: It has ended.
         """
         event = new_event("The job was cancelled")
-        found = await self._database.run(self._seen().cancel, tuning_id, event)
-        return self._steered(found, tuning_id, "cancel", ("cancelled",))
+        tuning = await self._seen.find(tuning_id, TuningStore.cancel, event)
+        return _steered(tuning, "cancel", ("cancelled",))
 
     async def pause(self, tuning_id: str) -> StoredTuning:
         """Let a job wait until it is resumed; what is trained is kept.
@@ -197,8 +199,8 @@ class FineTuning:
             InvalidRequestError: It has ended, or its files are still being checked.
         """
         event = new_event("The job was paused")
-        found = await self._database.run(self._seen().pause, tuning_id, event)
-        return self._steered(found, tuning_id, "pause", ("paused",))
+        tuning = await self._seen.find(tuning_id, TuningStore.pause, event)
+        return _steered(tuning, "pause", ("paused",))
 
     async def resume(self, tuning_id: str) -> StoredTuning:
         """Let a paused job go on from where it was; one that is not paused is left alone.
@@ -208,8 +210,8 @@ class FineTuning:
             InvalidRequestError: It has ended.
         """
         event = new_event("The job was resumed")
-        found = await self._database.run(self._seen().resume, tuning_id, event)
-        return self._steered(found, tuning_id, "resume", ("validating_files", "queued", "running"))
+        tuning = await self._seen.find(tuning_id, TuningStore.resume, event)
+        return _steered(tuning, "resume", ("validating_files", "queued", "running"))
 
     async def events(self, tuning_id: str, cursor: Cursor) -> Page[Event] | None:
         """Return a page of a job's events; ``None`` if there is no event ``cursor.after``.
@@ -218,7 +220,7 @@ class FineTuning:
             NotFoundError: There is no such job.
         """
         await self.get(tuning_id)
-        return await self._database.run(self._seen().events, tuning_id, cursor)
+        return await self._seen.ask(TuningStore.events, tuning_id, cursor)
 
     async def checkpoints(self, tuning_id: str, cursor: Cursor) -> Page[TuningCheckpoint] | None:
         """Return a page of a job's checkpoints; ``None`` if there is no checkpoint ``cursor.after``.
@@ -227,24 +229,7 @@ class FineTuning:
             NotFoundError: There is no such job.
         """
         await self.get(tuning_id)
-        return await self._database.run(self._seen().checkpoints, tuning_id, cursor)
-
-    def _seen(self) -> TuningStore:
-        return TuningStore(self._database, current_caller.get().sees)
-
-    def _steered(
-        self, found: StoredTuning | None, tuning_id: str, what: str, fine: tuple[str, ...]
-    ) -> StoredTuning:
-        tuning = _found(found, tuning_id)
-        if tuning.status in fine:
-            return tuning
-        if tuning.status in FINAL:
-            raise InvalidRequestError(
-                f"Job has already ended with the status '{tuning.status}': {tuning.id}"
-            )
-        raise InvalidRequestError(
-            f"Cannot {what} a job with status '{tuning.status}': {tuning.id}. Try again in a moment."
-        )
+        return await self._seen.ask(TuningStore.checkpoints, tuning_id, cursor)
 
     async def _check_file(self, file_id: str, param: str) -> StoredFile:
         try:
@@ -299,7 +284,7 @@ def new_event(
     return Event(f"ftevent-{random_token(24)}", int(time.time()), message, level, step, data)
 
 
-def wire_event(event: Event) -> dict[str, Any]:
+def event_object(event: Event) -> dict[str, Any]:
     """Return an event as clients see it."""
     return {
         "object": "fine_tuning.job.event",
@@ -312,7 +297,7 @@ def wire_event(event: Event) -> dict[str, Any]:
     }
 
 
-def wire_tuning(tuning: StoredTuning) -> dict[str, Any]:
+def tuning_object(tuning: StoredTuning) -> dict[str, Any]:
     """Return a job as clients see it: the contract has no status for one that is paused, but calls it queued."""
     if tuning.status != "paused":
         return tuning.body
@@ -320,7 +305,7 @@ def wire_tuning(tuning: StoredTuning) -> dict[str, Any]:
     return {**tuning.body, "status": "queued", "x_evermini": options}
 
 
-def wire_checkpoint(tuning_id: str, checkpoint: TuningCheckpoint) -> dict[str, Any]:
+def checkpoint_object(tuning_id: str, checkpoint: TuningCheckpoint) -> dict[str, Any]:
     """Return a checkpoint as clients see it."""
     return {
         "object": "fine_tuning.job.checkpoint",
@@ -346,11 +331,26 @@ def model_name(tuning: StoredTuning, step: int | None = None) -> FineTunedName:
     return FineTunedName(base, organization, suffix, tuning.id.removeprefix("ftjob-")[:8], step)
 
 
-def _found(tuning: StoredTuning | None, tuning_id: str) -> StoredTuning:
-    if tuning is None:
-        raise NotFoundError(
-            f"Could not find fine tune: {tuning_id[:200]}",
-            param="fine_tune_id",
-            code="fine_tune_not_found",
+def _steered(tuning: StoredTuning, what: str, fine: tuple[str, ...]) -> StoredTuning:
+    """Return a job if what was asked of it has been done.
+
+    Raises:
+        InvalidRequestError: It could not be.
+    """
+    if tuning.status in fine:
+        return tuning
+    if tuning.status in FINAL:
+        raise InvalidRequestError(
+            f"Job has already ended with the status '{tuning.status}': {tuning.id}"
         )
-    return tuning
+    raise InvalidRequestError(
+        f"Cannot {what} a job with status '{tuning.status}': {tuning.id}. Try again in a moment."
+    )
+
+
+def _no_such_tuning(tuning_id: str) -> NotFoundError:
+    return NotFoundError(
+        f"Could not find fine tune: {tuning_id[:200]}",
+        param="fine_tune_id",
+        code="fine_tune_not_found",
+    )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from evermini.errors import InvalidRequestError, NotFoundError
-from evermini.service.caller import current_caller
 from evermini.service.offload import tokenise
 from evermini.service.responses.items import ITEM_CHARACTERS, Json, parse_items
 from evermini.service.responses.schemas import ContextRequest
+from evermini.service.seen import Seen
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
 from evermini.storage.responses import ResponseStore
@@ -16,7 +16,8 @@ class Contexts:
     """Reads contexts from the database: those that the caller sees."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        self._conversations = Seen(database, ConversationStore, no_conversation)
+        self._responses = Seen(database, ResponseStore, no_response)
 
     async def items(self, request: ContextRequest) -> list[Json]:
         """Return the request's own input, each item with an id; references are replaced by what they refer to.
@@ -36,11 +37,10 @@ class Contexts:
         Raises:
             NotFoundError: One refers to nothing.
         """
-        responses = ResponseStore(self._database, current_caller.get().sees)
         resolved = []
         for number, item in enumerate(items):
             if item["type"] == "item_reference":
-                found = await self._database.run(responses.find_item, item["id"])
+                found = await self._responses.ask(ResponseStore.find_item, item["id"])
                 if found is None:
                     raise NotFoundError(
                         f"Item with id '{item['id']}' not found. Items are kept with stored responses and "
@@ -65,15 +65,10 @@ class Contexts:
         return []
 
     async def _of_conversation(self, conversation_id: str) -> list[Json]:
-        conversations = ConversationStore(self._database, current_caller.get().sees)
-        items = await self._database.run(conversations.items, conversation_id)
-        if items is None:
-            raise no_conversation(conversation_id)
-        return items
+        return await self._conversations.find(conversation_id, ConversationStore.items)
 
     async def _of_responses(self, last_id: str) -> list[Json]:
-        responses = ResponseStore(self._database, current_caller.get().sees)
-        chain = await self._database.run(responses.chain, last_id)
+        chain = await self._responses.ask(ResponseStore.chain, last_id)
         missing = last_id if not chain else chain[0].body["previous_response_id"]
         if missing is not None:
             raise InvalidRequestError(
@@ -101,4 +96,12 @@ def no_conversation(conversation_id: str) -> NotFoundError:
     """Return the error for a conversation that does not exist."""
     return NotFoundError(
         f"Conversation with id '{conversation_id[:100]}' not found.", param="conversation"
+    )
+
+
+def no_response(response_id: str) -> NotFoundError:
+    """Return the error for a response that is not stored."""
+    return NotFoundError(
+        f"Response with id '{response_id[:100]}' not found. Responses made with store=false are not kept.",
+        param="response_id",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-from evermini.errors import InvalidRequestError, NotFoundError
+from evermini.errors import InvalidRequestError
 from evermini.service.caller import current_caller
 from evermini.service.directory import Directory
 from evermini.service.documents import Documents
@@ -14,7 +14,7 @@ from evermini.service.metrics import Metrics
 from evermini.service.prompting import count_tokens
 from evermini.service.reading import OnProgress
 from evermini.service.responses.background import Background
-from evermini.service.responses.context import Contexts
+from evermini.service.responses.context import Contexts, no_response
 from evermini.service.responses.items import Json
 from evermini.service.responses.run import (
     ResponseRun,
@@ -24,6 +24,7 @@ from evermini.service.responses.run import (
     start_chat,
 )
 from evermini.service.responses.schemas import ContextRequest, ResponseRequest, located
+from evermini.service.seen import Seen
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database
 from evermini.storage.responses import Addition, ResponseStore, StoredResponse
@@ -52,6 +53,7 @@ class Responses:
         self._metrics = metrics
         self._documents = documents
         self._database = database
+        self._seen = Seen(database, ResponseStore, no_response)
         self.contexts = Contexts(database)
         self.background = Background(directory, metrics, database, self.contexts, documents, jobs)
 
@@ -140,11 +142,7 @@ class Responses:
         Raises:
             NotFoundError: There is none of that id.
         """
-        seen = ResponseStore(self._database, current_caller.get().sees)
-        stored = await self._database.run(seen.get, response_id)
-        if stored is None:
-            raise _not_found(response_id)
-        return stored
+        return await self._seen.find(response_id, ResponseStore.get)
 
     async def follow(self, response_id: str, after: int) -> AsyncGenerator[Json, None]:
         """Return the events of a background stream that come after a sequence number.
@@ -170,7 +168,7 @@ class Responses:
         """
         await self.get(response_id)
         if not await self.background.delete(response_id):
-            raise _not_found(response_id)
+            raise no_response(response_id)
 
     async def cancel(self, response_id: str) -> Json:
         """End a background response and return its object; one that is finished stays as it is.
@@ -187,12 +185,5 @@ class Responses:
             )
         cancelled = await self.background.cancel(response_id)
         if cancelled is None:
-            raise _not_found(response_id)
+            raise no_response(response_id)
         return cancelled.body
-
-
-def _not_found(response_id: str) -> NotFoundError:
-    return NotFoundError(
-        f"Response with id '{response_id[:100]}' not found. Responses made with store=false are not kept.",
-        param="response_id",
-    )
