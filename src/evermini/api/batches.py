@@ -15,10 +15,10 @@ from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_object, read_cursor
 from evermini.api.middleware import INTERNAL
 from evermini.service.batches.requests import BatchCreate, BatchService, parse_batch
+from evermini.service.batches.shapes import BatchAnswer
 from evermini.service.batches.worker import Execute
 from evermini.service.caller import Caller
 from evermini.service.jobs import JobRunner
-from evermini.service.shapes import BatchAnswer
 
 router = APIRouter(prefix="/v1/batches")
 

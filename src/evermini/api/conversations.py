@@ -20,9 +20,10 @@ from evermini.service.caller import current_caller
 from evermini.service.responses.context import no_conversation
 from evermini.service.responses.items import InputItem, new_id, parse_items
 from evermini.service.responses.service import Responses
+from evermini.service.responses.shapes import ConversationAnswer, Item
 from evermini.service.schemas import Metadata, MetadataUpdate, parse_metadata_update
 from evermini.service.seen import Seen
-from evermini.service.shapes import ConversationAnswer, Deleted, Item
+from evermini.service.shapes import Deleted
 from evermini.service.validation import WireModel
 from evermini.storage.conversations import ConversationStore, StoredConversation
 

@@ -23,6 +23,12 @@ from evermini.service.fine_tuning.service import (
     event_object,
     tuning_object,
 )
+from evermini.service.fine_tuning.shapes import (
+    PermissionAnswer,
+    TuningAnswer,
+    TuningCheckpointAnswer,
+    TuningEventAnswer,
+)
 from evermini.service.jobs import JobRunner
 from evermini.service.permissions import (
     PermissionCreate,
@@ -30,13 +36,7 @@ from evermini.service.permissions import (
     parse_permission,
     permission_object,
 )
-from evermini.service.shapes import (
-    Deleted,
-    PermissionAnswer,
-    TuningAnswer,
-    TuningCheckpointAnswer,
-    TuningEventAnswer,
-)
+from evermini.service.shapes import Deleted
 from evermini.storage.fine_tuning import FINAL
 from evermini.storage.schema import Cursor
 

@@ -26,7 +26,8 @@ from evermini.service.responses.schemas import (
     parse_token_count,
 )
 from evermini.service.responses.service import Responses
-from evermini.service.shapes import Deleted, Item, ResponseAnswer, ResponseEvent, TokenCount
+from evermini.service.responses.shapes import Item, ResponseAnswer, ResponseEvent, TokenCount
+from evermini.service.shapes import Deleted
 
 router = APIRouter(prefix="/v1/responses")
 
