@@ -8,8 +8,9 @@ from dataclasses import replace
 from evermini.storage.adapters import Adapter, AdapterTable
 from evermini.storage.database import Database
 from evermini.storage.files import FileStore, StoredFile
-from evermini.storage.fine_tuning import Event, StoredTuning, TuningCheckpoint, TuningStore
+from evermini.storage.fine_tuning import StoredTuning, TuningStore
 from evermini.storage.permissions import Permission, PermissionStore
+from evermini.storage.tuning_history import Event, TuningCheckpoint
 
 FILE = "file-abc123"
 JOBS = ("after", "string", "ft-AF1WoRqd3aJAHsqc9NY7iL8F")

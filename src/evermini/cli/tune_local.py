@@ -25,8 +25,9 @@ from evermini.service.fine_tuning.worker import TuningWorker
 from evermini.service.jobs import JobRunner
 from evermini.storage.blobs import BlobStore
 from evermini.storage.database import Database
-from evermini.storage.fine_tuning import CHECK, FINAL, TRAIN, Event, StoredTuning, TuningStore
+from evermini.storage.fine_tuning import CHECK, FINAL, TRAIN, StoredTuning, TuningStore
 from evermini.storage.schema import Cursor
+from evermini.storage.tuning_history import Event
 
 POLL_SECONDS = 0.5
 _CHUNK = 1024 * 1024

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs, what happened to them, and their checkpoints.
+"""Fine-tuning jobs; `evermini.storage.tuning_history` has what happened to them.
 
     validating_files -> queued -> running -> succeeded
            |              |          |-> failed, cancelled
@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
 
-from sqlalchemy import ForeignKey, Index, String, UniqueConstraint, delete, select
+from sqlalchemy import Index, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.database import Database
@@ -27,7 +26,6 @@ from evermini.storage.schema import (
     Base,
     Cursor,
     Json,
-    Listed,
     Number,
     Owned,
     Page,
@@ -37,11 +35,20 @@ from evermini.storage.schema import (
     owned,
     page,
 )
+from evermini.storage.tuning_history import (
+    Event,
+    TuningCheckpoint,
+    add_events,
+    checkpoints_of,
+    events_of,
+    forget_after,
+    metrics_of,
+    put_checkpoint,
+)
 
 CHECK = "fine_tuning_check"
 TRAIN = "fine_tuning"
 FINAL = ("succeeded", "failed", "cancelled")
-Level = Literal["info", "warn", "error"]
 
 
 class FineTuningRow(Shown, Owned, Base):
@@ -57,38 +64,6 @@ class FineTuningRow(Shown, Owned, Base):
     spec: Mapped[Json]
     key_id: Mapped[str | None]
     project: Mapped[str]
-
-
-class FineTuningEventRow(Listed, Base):
-    """Something that happened; ``step`` is set for metrics, of which a step has one."""
-
-    __tablename__ = "fine_tuning_events"
-
-    number: Mapped[int] = mapped_column(Number, primary_key=True)
-    id: Mapped[str] = mapped_column(unique=True)
-    job: Mapped[int] = mapped_column(
-        ForeignKey(FineTuningRow.number, ondelete="CASCADE"), index=True
-    )
-    created_at: Mapped[int] = mapped_column(Number)
-    level: Mapped[str]
-    message: Mapped[str]
-    step: Mapped[int | None]
-    data: Mapped[Json]
-
-
-class FineTuningCheckpointRow(Listed, Base):
-    """An epoch's weights; ``name`` is the model's."""
-
-    __tablename__ = "fine_tuning_checkpoints"
-    __table_args__ = (UniqueConstraint("job", "step"),)
-
-    number: Mapped[int] = mapped_column(Number, primary_key=True)
-    id: Mapped[str] = mapped_column(unique=True)
-    job: Mapped[int] = mapped_column(ForeignKey(FineTuningRow.number, ondelete="CASCADE"))
-    step: Mapped[int]
-    created_at: Mapped[int] = mapped_column(Number)
-    name: Mapped[str] = mapped_column(String)
-    metrics: Mapped[Json]
 
 
 @dataclass(frozen=True)
@@ -118,29 +93,6 @@ class StoredTuning:
         return str(self.body["status"])
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happened; metrics have the step that they are of."""
-
-    id: str
-    created_at: int
-    message: str
-    level: Level = "info"
-    step: int | None = None
-    data: Json | None = None
-
-
-@dataclass(frozen=True)
-class TuningCheckpoint:
-    """An epoch's weights."""
-
-    id: str
-    step: int
-    created_at: int
-    name: str
-    metrics: Json
-
-
 class TuningStore:
     """Reads and writes fine-tuning jobs.
 
@@ -156,7 +108,7 @@ class TuningStore:
         """Store a new job, and the queue's job to check its files."""
         with self._database.writing() as session:
             row = _add(session, tuning)
-            _add_events(session, row, events)
+            add_events(session, row.number, events)
             enqueue(session, CHECK, tuning.id)
 
     def restore(
@@ -170,9 +122,9 @@ class TuningStore:
             session.execute(delete(FineTuningRow).where(FineTuningRow.id == tuning.id))
             drop(session, tuning.id)
             row = _add(session, tuning)
-            _add_events(session, row, events)
+            add_events(session, row.number, events)
             for checkpoint in checkpoints:
-                _put_checkpoint(session, row, checkpoint)
+                put_checkpoint(session, row.number, checkpoint)
 
     def get(self, tuning_id: str) -> StoredTuning | None:
         """Return a job, ``None`` if there is none of that id."""
@@ -219,7 +171,7 @@ class TuningStore:
                 return None
             if row.status not in FINAL:
                 row.show(status="cancelled", finished_at=event.created_at, estimated_finish=None)
-                _add_events(session, row, [event])
+                add_events(session, row.number, [event])
                 drop(session, tuning_id)
             return _stored(row)
 
@@ -234,7 +186,7 @@ class TuningStore:
                 return None
             if row.status in ("queued", "running"):
                 row.show(status="paused", estimated_finish=None)
-                _add_events(session, row, [event])
+                add_events(session, row.number, [event])
                 session.execute(
                     delete(JobRow).where(JobRow.subject == tuning_id, JobRow.owner.is_(None))
                 )
@@ -248,7 +200,7 @@ class TuningStore:
                 return None
             if row.status == "paused":
                 row.show(status="queued")
-                _add_events(session, row, [event])
+                add_events(session, row.number, [event])
                 queued = select(JobRow.number).where(JobRow.subject == tuning_id)
                 if session.scalar(queued) is None:
                     enqueue(session, TRAIN, tuning_id)
@@ -260,19 +212,13 @@ class TuningStore:
             row = find(session, FineTuningRow, tuning_id, self._project)
             if row is None:
                 return None
-            query = select(FineTuningEventRow).where(FineTuningEventRow.job == row.number)
-            return page(session, FineTuningEventRow, query, cursor, _event)
+            return events_of(session, row.number, cursor)
 
     def metrics(self, tuning_id: str) -> Sequence[Event]:
         """Return the metrics of a job's steps, in order."""
         with self._database.reading() as session:
-            query = (
-                select(FineTuningEventRow)
-                .join(FineTuningRow, FineTuningRow.number == FineTuningEventRow.job)
-                .where(FineTuningRow.id == tuning_id, FineTuningEventRow.step.is_not(None))
-                .order_by(FineTuningEventRow.step)
-            )
-            return [_event(one) for one in session.scalars(query)]
+            row = find(session, FineTuningRow, tuning_id)
+            return [] if row is None else metrics_of(session, row.number)
 
     def checkpoints(self, tuning_id: str, cursor: Cursor) -> Page[TuningCheckpoint] | None:
         """Return a page of a job's checkpoints; ``None`` as for `events`."""
@@ -280,8 +226,7 @@ class TuningStore:
             row = find(session, FineTuningRow, tuning_id, self._project)
             if row is None:
                 return None
-            query = select(FineTuningCheckpointRow).where(FineTuningCheckpointRow.job == row.number)
-            return page(session, FineTuningCheckpointRow, query, cursor, _checkpoint)
+            return checkpoints_of(session, row.number, cursor)
 
     # By the worker
 
@@ -296,7 +241,7 @@ class TuningStore:
             row = subject_of(session, FineTuningRow, job)
             row.show(**body, status="queued")
             row.spec = spec
-            _add_events(session, row, [event])
+            add_events(session, row.number, [event])
             finish(session, job)
             enqueue(session, TRAIN, row.id)
 
@@ -310,7 +255,7 @@ class TuningStore:
             hold(session, job)
             row = subject_of(session, FineTuningRow, job)
             row.show(status="failed", error=error, finished_at=now, estimated_finish=None)
-            _add_events(session, row, events)
+            add_events(session, row.number, events)
             finish(session, job)
 
     def started(self, job: Job, step: int, event: Event) -> bool:
@@ -328,17 +273,8 @@ class TuningStore:
             if row.status == "paused":
                 return False
             row.show(status="running")
-            session.execute(
-                delete(FineTuningEventRow).where(
-                    FineTuningEventRow.job == row.number, FineTuningEventRow.step > step
-                )
-            )
-            session.execute(
-                delete(FineTuningCheckpointRow).where(
-                    FineTuningCheckpointRow.job == row.number, FineTuningCheckpointRow.step > step
-                )
-            )
-            _add_events(session, row, [event])
+            forget_after(session, row.number, step)
+            add_events(session, row.number, [event])
             return True
 
     def progress(
@@ -356,9 +292,9 @@ class TuningStore:
         with self._database.writing() as session:
             hold(session, job)
             row = subject_of(session, FineTuningRow, job)
-            _add_events(session, row, events)
+            add_events(session, row.number, events)
             if checkpoint is not None:
-                _put_checkpoint(session, row, checkpoint)
+                put_checkpoint(session, row.number, checkpoint)
             if row.status == "running" and estimated_finish is not None:
                 row.show(estimated_finish=estimated_finish)
             return row.status
@@ -404,7 +340,7 @@ class TuningStore:
                 finished_at=now,
                 estimated_finish=None,
             )
-            _add_events(session, row, events)
+            add_events(session, row.number, events)
             finish(session, job)
 
 
@@ -428,62 +364,5 @@ def _has(metadata: Json | None, pairs: Mapping[str, str], bare: bool) -> bool:
     return all((metadata or {}).get(key) == value for key, value in pairs.items())
 
 
-def _add_events(session: Session, row: FineTuningRow, events: Iterable[Event]) -> None:
-    """Add events; a step's metrics that are known are added to."""
-    for event in events:
-        known = None
-        if event.step is not None:
-            known = session.scalar(
-                select(FineTuningEventRow).where(
-                    FineTuningEventRow.job == row.number, FineTuningEventRow.step == event.step
-                )
-            )
-        if known is not None:
-            known.message, known.data = event.message, {**known.data, **(event.data or {})}
-            continue
-        session.add(
-            FineTuningEventRow(
-                id=event.id,
-                job=row.number,
-                created_at=event.created_at,
-                level=event.level,
-                message=event.message,
-                step=event.step,
-                data=event.data or {},
-            )
-        )
-
-
-def _put_checkpoint(session: Session, row: FineTuningRow, checkpoint: TuningCheckpoint) -> None:
-    found = session.scalar(
-        select(FineTuningCheckpointRow).where(
-            FineTuningCheckpointRow.job == row.number,
-            FineTuningCheckpointRow.step == checkpoint.step,
-        )
-    )
-    if found is not None:
-        found.metrics = checkpoint.metrics
-        return
-    session.add(
-        FineTuningCheckpointRow(
-            id=checkpoint.id,
-            job=row.number,
-            step=checkpoint.step,
-            created_at=checkpoint.created_at,
-            name=checkpoint.name,
-            metrics=checkpoint.metrics,
-        )
-    )
-
-
 def _stored(row: FineTuningRow) -> StoredTuning:
     return StoredTuning(row.body, row.spec, row.key_id, row.project)
-
-
-def _event(row: FineTuningEventRow) -> Event:
-    level: Level = row.level  # type: ignore[assignment]  # written by us
-    return Event(row.id, row.created_at, row.message, level, row.step, row.data)
-
-
-def _checkpoint(row: FineTuningCheckpointRow) -> TuningCheckpoint:
-    return TuningCheckpoint(row.id, row.step, row.created_at, row.name, row.metrics)

@@ -28,15 +28,9 @@ from evermini.service.loading import what_to_serve
 from evermini.service.seen import Seen
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
-from evermini.storage.fine_tuning import (
-    FINAL,
-    Event,
-    Level,
-    StoredTuning,
-    TuningCheckpoint,
-    TuningStore,
-)
+from evermini.storage.fine_tuning import FINAL, StoredTuning, TuningStore
 from evermini.storage.schema import Cursor, Page
+from evermini.storage.tuning_history import Event, Level, TuningCheckpoint
 
 NEEDED = ("trl", "peft", "transformers", "accelerate", "datasets")
 """Packages of the extra `tune`."""

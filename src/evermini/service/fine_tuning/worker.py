@@ -38,15 +38,10 @@ from evermini.service.jobs import FAILED
 from evermini.service.loading import name_of_tier
 from evermini.storage.database import Database
 from evermini.storage.files import StoredFile
-from evermini.storage.fine_tuning import (
-    FINAL,
-    Event,
-    StoredTuning,
-    TuningCheckpoint,
-    TuningStore,
-)
+from evermini.storage.fine_tuning import FINAL, StoredTuning, TuningStore
 from evermini.storage.jobs import Job
 from evermini.storage.schema import Cursor
+from evermini.storage.tuning_history import Event, TuningCheckpoint
 
 log = logging.getLogger(__name__)
 
