@@ -1,7 +1,7 @@
 """What answers look like: the objects of the contract, for the API's description. Every key they have stands here.
 
-Keys that are not `NotRequired` are always there, even when null. The shapes of responses, batches and fine-tuning are in
-those packages' `shapes`.
+Keys that are not `NotRequired` are always there, even when null. The shapes of responses, batches and fine-tuning stand
+in those packages.
 """
 
 from __future__ import annotations
