@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from evermini.service.answer import ChatChoice, ChatDelta
     from evermini.service.generation import Usage
     from evermini.service.reading import OnProgress, Recalled
-    from evermini.service.swept import Swept
+    from evermini.service.sweep.result import Swept
     from evermini.service.text_answer import TextChoice, TextDelta
     from evermini.text.tokenizer import Tokenizer
 

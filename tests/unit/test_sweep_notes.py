@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from evermini.service.mapping import Messages, Reply
 from evermini.service.questions import has_shape, wants_summary
-from evermini.service.sweep_forms import Choice, Form, Items, Question, QuestionWithAnswers
-from evermini.service.sweep_notes import Note, NoteTaker, beginning, opening, tidy, without_repeats
+from evermini.service.sweep.asking import Messages, Reply
+from evermini.service.sweep.forms import Choice, Form, Items, Question, QuestionWithAnswers
+from evermini.service.sweep.notes import Note, NoteTaker, beginning, opening, tidy, without_repeats
 
 PART = "Anna Berg sold 12 boats in Oslo. She was glad. The boats' owner, Lee, was not."
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from evermini.service.tally import Tally, tally_of
+from evermini.service.sweep.tally import Tally, tally_of
 
 FREQUENT = {
     "Which ten words are the most common ones in this list? Write those ten words only.": 10,

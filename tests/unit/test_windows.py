@@ -7,7 +7,7 @@ import random
 import pytest
 
 from evermini.service.questions import follows_up, wanted
-from evermini.service.windows import Part, records, windows
+from evermini.service.sweep.windows import Part, records, windows
 
 
 def words(text: str) -> int:

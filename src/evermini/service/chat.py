@@ -43,7 +43,7 @@ from evermini.service.reading import OnProgress, Recalled
 from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest, Prediction
 from evermini.service.shown import shown_token
-from evermini.service.swept import Swept
+from evermini.service.sweep.result import Swept
 from evermini.service.tools import Toolset
 from evermini.service.upstream import chat as upstream
 from evermini.service.upstream.model import UpstreamModel

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from evermini.recall.scope import needs_whole
 from evermini.service.assembly import Plan
 from evermini.service.schemas import Reading
-from evermini.service.tally import tally_of
+from evermini.service.sweep.tally import tally_of
 
 
 @dataclass(frozen=True)

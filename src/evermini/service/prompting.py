@@ -10,15 +10,15 @@ from evermini.errors import ContextLengthError, UnsupportedParameterError
 from evermini.service import tracing
 from evermini.service.assembly import least_room
 from evermini.service.choosing import choose
-from evermini.service.mapping import EngineAsker
 from evermini.service.offload import tokenise
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.rendering import encode
 from evermini.service.runtime import Served, ServedModel
 from evermini.service.schemas import ChatRequest
 from evermini.service.sight import Place, Sight, images_of, place
-from evermini.service.sweep import Sweep
-from evermini.service.swept import Swept
+from evermini.service.sweep.asking import EngineAsker
+from evermini.service.sweep.result import Swept
+from evermini.service.sweep.run import Sweep
 from evermini.service.upstream.forward import images_in
 from evermini.service.upstream.model import UpstreamModel
 from evermini.service.upstream.prompting import count_with_images

@@ -24,7 +24,7 @@ from evermini.service.model_info import ModelInfo
 from evermini.service.places import Place
 from evermini.service.reading import Recalled
 from evermini.service.schemas import ChatRequest
-from evermini.service.swept import Swept
+from evermini.service.sweep.result import Swept
 from evermini.service.text_answer import TextChoice, TextDelta, TextToken
 
 Json = dict[str, Any]

@@ -1,4 +1,4 @@
-"""A sweep's questions to an upstream engine: see `evermini.service.mapping`.
+"""A sweep's questions to an upstream engine: see `evermini.service.sweep.asking`.
 
 A form is asked for in words, with examples, as from our own engine: models answer best so (docs/log.md). A reply that
 is not clear is asked for once more, as a JSON schema; of an engine that refuses the schema, in words again, with the
@@ -21,8 +21,8 @@ from evermini.errors import (
     UpstreamUnavailableError,
 )
 from evermini.service.generation import Usage
-from evermini.service.mapping import ATTEMPTS, Messages, Reply
-from evermini.service.sweep_forms import Form
+from evermini.service.sweep.asking import ATTEMPTS, Messages, Reply
+from evermini.service.sweep.forms import Form
 from evermini.service.upstream.exchange import Exchange
 from evermini.service.upstream.model import CHARACTERS_PER_TOKEN, UpstreamModel
 from evermini.service.upstream.replies import ChatReply, UsageReply, read
@@ -42,7 +42,7 @@ _SHOWN_CHARS = 200
 
 
 class UpstreamAsker:
-    """Asks an upstream engine: see `evermini.service.mapping.Asker`.
+    """Asks an upstream engine: see `evermini.service.sweep.asking.Asker`.
 
     Args:
         served: The model.

@@ -18,7 +18,7 @@ from evermini.service.answer import (
 from evermini.service.metrics import RequestTimer
 from evermini.service.reading import OnProgress, Recalled
 from evermini.service.schemas import ChatRequest
-from evermini.service.swept import Swept
+from evermini.service.sweep.result import Swept
 from evermini.service.upstream.answer import UpstreamWriting
 from evermini.service.upstream.checks import FormCheck
 from evermini.service.upstream.exchange import Exchange

@@ -12,7 +12,7 @@ from anyio import CancelScope
 from evermini.recall.calibrate import CalibrationProgress
 from evermini.recall.recall import Progress
 from evermini.service.reading import OnProgress
-from evermini.service.swept import SweepProgress
+from evermini.service.sweep.result import SweepProgress
 from evermini.service.upstream.model import UpstreamModel
 
 Json = dict[str, Any]

@@ -19,7 +19,7 @@ from evermini.errors import EngineStoppedError, UpstreamError
 from evermini.service.attachments import Eyes
 from evermini.service.model_info import ModelInfo
 from evermini.service.reading import LongReader
-from evermini.service.sweep_forms import Form
+from evermini.service.sweep.forms import Form
 from evermini.service.upstream.forward import Forwarder
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from evermini.service.metrics import RequestTimer
 from evermini.service.offload import tokenise
 from evermini.service.reading import LongReader, OnProgress, Recalled
 from evermini.service.schemas import ChatRequest
-from evermini.service.sweep import Sweep
-from evermini.service.swept import Swept
+from evermini.service.sweep.result import Swept
+from evermini.service.sweep.run import Sweep
 from evermini.service.upstream.asking import UpstreamAsker
 from evermini.service.upstream.forward import count_passed_on, images_in
 from evermini.service.upstream.model import CHARACTERS_PER_TOKEN, UpstreamModel

@@ -6,8 +6,8 @@ whatever sounds positive (docs/log.md).
 
 from __future__ import annotations
 
-from evermini.service.mapping import Messages
-from evermini.service.sweep_forms import NONE
+from evermini.service.sweep.asking import Messages
+from evermini.service.sweep.forms import NONE
 
 _ONE_EXAMPLES = (
     (

@@ -12,7 +12,7 @@ from evermini.errors import EngineError, EngineStoppedError, OverloadedError
 from evermini.service.generation import RETRY_SECONDS
 from evermini.service.offload import tokenise
 from evermini.service.runtime import ServedModel
-from evermini.service.sweep_forms import Form
+from evermini.service.sweep.forms import Form
 
 T = TypeVar("T")
 

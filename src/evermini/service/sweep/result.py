@@ -26,6 +26,29 @@ class SweepProgress(Progress):
 
 
 @dataclass(frozen=True)
+class Found:
+    """What the windows gave; the rest as in `Swept`.
+
+    Attributes:
+        head: Says to the model what was done and found.
+        lines: Say the rest, the first ones what must not be left out.
+    """
+
+    task: Task
+    question: str
+    num_windows: int
+    head: str
+    lines: tuple[str, ...]
+    counts: dict[str, int] | None = None
+    items: tuple[str, ...] | None = None
+    num_empty: int = 0
+    num_dropped: int = 0
+    num_rounds: int = 0
+    figures: tuple[int, ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Swept:
     """A prompt that fits, made by reading all of one that does not.
 

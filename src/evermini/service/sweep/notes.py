@@ -16,8 +16,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from evermini.service import sweep_prompts as prompts
-from evermini.service.mapping import Asker, all_of
+from evermini.service.sweep import prompts
+from evermini.service.sweep.asking import Asker, all_of
 
 _SENTENCE = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
 _NAME = re.compile(
