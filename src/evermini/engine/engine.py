@@ -16,7 +16,6 @@ import time
 from collections import Counter, abc
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +31,9 @@ from evermini.engine.request import (
     PromptDone,
     SamplingParams,
 )
+from evermini.engine.rows import batch_of, draws, wanted_rows
 from evermini.engine.sampler import Sampler, prompt_logprobs
-from evermini.engine.scheduler import Chunk, Scheduler, adapter_rows
+from evermini.engine.scheduler import Chunk, Scheduler
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import Drafter
 from evermini.errors import (
@@ -43,7 +43,7 @@ from evermini.errors import (
     InvalidRequestError,
     OverloadedError,
 )
-from evermini.models.batch import BLOCK_SIZE, Adapter, EmbeddedRows, ForwardBatch, Model
+from evermini.models.batch import BLOCK_SIZE, Adapter, Model
 from evermini.models.lora import LoraWeights
 
 log = logging.getLogger(__name__)
@@ -274,7 +274,7 @@ class Engine:
         """
         if chunks := self._scheduler.schedule():
             started = time.perf_counter()
-            masks = self._masks.begin([c.sequence for c in chunks if _draws(c)])
+            masks = self._masks.begin([c.sequence for c in chunks if draws(c)])
             try:
                 logits, hidden = self._forward(chunks)
             except Exception as error:
@@ -332,37 +332,12 @@ class Engine:
             )
 
     def _forward(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
-        """Return the logits (R, vocab_size) of all `_wanted_rows`, chunk after chunk.
+        """Return the logits (R, vocab_size) of all `wanted_rows`, chunk after chunk.
 
         Also the hidden states of all rows, if one of the chunks wants them.
         """
-        query_start = np.zeros(len(chunks) + 1, np.int32)
-        np.cumsum([chunk.context - chunk.start for chunk in chunks], out=query_start[1:])
         tables = [self._blocks.table(chunk.sequence.request_id) for chunk in chunks]
-        block_tables = np.zeros((len(chunks), max(map(len, tables))), np.int32)
-        token_ids: list[int] = []
-        positions, slots, rows = [], [], []
-        for index, (chunk, table) in enumerate(zip(chunks, tables, strict=True)):
-            block_tables[index, : len(table)] = table
-            at = np.arange(chunk.start, chunk.context, dtype=np.int64)
-            positions.append(at)
-            slots.append(block_tables[index, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE)
-            token_ids += chunk.sequence.token_ids[chunk.start : chunk.end]
-            token_ids += chunk.draft
-            first = int(query_start[index]) - chunk.start
-            rows += [first + position for position in _wanted_rows(chunk)]
-        batch = ForwardBatch(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64),
-            positions=torch.from_numpy(np.concatenate(positions)),
-            slots=torch.from_numpy(np.concatenate(slots).astype(np.int64)),
-            query_start=torch.from_numpy(query_start),
-            context_lens=torch.tensor([chunk.context for chunk in chunks], dtype=torch.int32),
-            block_tables=torch.from_numpy(block_tables),
-            logits_rows=torch.tensor(rows, dtype=torch.int64),
-            adapters=adapter_rows(chunks, query_start.tolist()),
-            embedded=_embedded_rows(chunks, query_start.tolist()),
-            axes=_axes(chunks),
-        )
+        batch = batch_of(chunks, tables)
         with torch.inference_mode():
             if any(chunk.sequence.is_pooling for chunk in chunks):
                 return self._model.forward_hidden(batch, self._kv)
@@ -388,7 +363,7 @@ class Engine:
         """Book what the step computed: publish blocks, score prompts, draw tokens, end requests."""
         row = 0
         for chunk in chunks:
-            sequence, num_rows = chunk.sequence, len(_wanted_rows(chunk))
+            sequence, num_rows = chunk.sequence, len(wanted_rows(chunk))
             mine = logits[row : row + num_rows]
             row += num_rows
             sequence.num_computed = chunk.end
@@ -489,55 +464,6 @@ class Engine:
         del self._sequences[sequence.request_id]
         self._finished[reason] += 1
         self._events.append((sequence.request_id, Finished(reason, message)))
-
-
-def _wanted_rows(chunk: Chunk) -> range:
-    """Return the positions in ``chunk`` whose logits are wanted.
-
-    All that score the prompt, the last known one, and a draft's.
-    """
-    sequence = chunk.sequence
-    end = chunk.end
-    is_last = end == len(sequence.token_ids)
-    if sequence.is_scoring:
-        return range(max(chunk.start, len(sequence.prompt_logprobs) - 1), end)
-    is_drawn = is_last and sequence.params.max_tokens > 0
-    return range(end - 1, chunk.context) if is_drawn else range(0)
-
-
-def _embedded_rows(chunks: list[Chunk], starts: abc.Sequence[int]) -> EmbeddedRows | None:
-    """Return the rows that stand for images; chunk ``i`` has the rows ``starts[i]:starts[i + 1]``."""
-    rows: list[Tensor] = []
-    values: list[Tensor] = []
-    for chunk, first in zip(chunks, starts, strict=False):
-        embedded = chunk.sequence.embedded
-        for run in () if embedded is None else embedded.runs:
-            begin, end = max(run.start, chunk.start), min(run.end, chunk.end)
-            if begin < end:
-                rows.append(torch.arange(begin, end) + (first - chunk.start))
-                values.append(run.values[begin - run.start : end - run.start])
-    return EmbeddedRows(torch.cat(rows), torch.cat(values)) if rows else None
-
-
-def _axes(chunks: list[Chunk]) -> Tensor | None:
-    """Return the rows' positions on three axes, if one of them needs that."""
-    found = [chunk.sequence.embedded for chunk in chunks]
-    if all(embedded is None or embedded.axes is None for embedded in found):
-        return None
-    parts = [
-        np.broadcast_to(np.arange(chunk.start, chunk.context), (3, chunk.context - chunk.start))
-        if embedded is None or embedded.axes is None
-        else embedded.positions(chunk.start, chunk.context)
-        for chunk, embedded in zip(chunks, found, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.int64))
-
-
-def _draws(chunk: Chunk) -> bool:
-    """Return whether a token is drawn after ``chunk``."""
-    sequence = chunk.sequence
-    is_last = chunk.end == len(sequence.token_ids)
-    return is_last and sequence.num_generated < sequence.params.max_tokens
 
 
 def overloaded(max_unfinished: int) -> OverloadedError:

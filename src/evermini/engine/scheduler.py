@@ -35,7 +35,7 @@ from evermini.engine.kv import BlockManager, blocks_for
 from evermini.engine.request import INTERACTIVE
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import MAX_DRAFT, NO_DRAFT, Draft, break_even, plan
-from evermini.models.batch import BLOCK_SIZE, AdapterRows
+from evermini.models.batch import BLOCK_SIZE
 
 MAX_SCORED_ROWS = 128
 """Prompt rows per step whose logits are wanted: 128 rows of 152k float32 are 78 MB."""
@@ -287,26 +287,6 @@ class Scheduler:
             sequence.patience = PREFIX_PATIENCE
         sequence.patience -= 1
         return sequence.patience >= 0
-
-
-def adapter_rows(chunks: abc.Sequence[Chunk], starts: abc.Sequence[int]) -> tuple[AdapterRows, ...]:
-    """Return the runs of rows with adapters, as `ForwardBatch.adapters` has them.
-
-    Args:
-        chunks: As `Scheduler.schedule` returns them.
-        starts: Chunk ``i`` has the rows ``starts[i]:starts[i + 1]``.
-    """
-    runs: list[AdapterRows] = []
-    previous = b""
-    for chunk, start, end in zip(chunks, starts, starts[1:], strict=False):
-        if (adapter := chunk.sequence.adapter) is None:
-            continue
-        if adapter.key == previous:
-            runs[-1] = replace(runs[-1], end=end)
-        else:
-            runs.append(AdapterRows(adapter.weights, start, end))
-        previous = adapter.key
-    return tuple(runs)
 
 
 def _adapter_key(chunk: Chunk) -> bytes:
