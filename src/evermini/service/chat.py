@@ -200,7 +200,7 @@ class ChatRun:
             shown, question = self.recalled.shown, self.recalled.question
         else:
             shown, question = whole_documents(self.request.messages)
-        size = sum(one.end - one.start for one in shown)
+        size = sum(one.past - one.begin for one in shown)
         return await tokenise(size, cite, text, shown, question)
 
     @property
