@@ -14,6 +14,7 @@ from pathlib import Path
 import openai
 
 from evermini.config import default_home
+from tests.ports import free_port
 
 READY_SECONDS = 180
 _CODE = """
@@ -55,8 +56,7 @@ class Server:
         env: dict[str, str] | None = None,
         lease: float = 2.0,
     ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         self.root = f"http://127.0.0.1:{self.port}"
         self.log = home / f"log-{self.port}"
         self._command = [

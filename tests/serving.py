@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import tempfile
 import threading
@@ -68,6 +69,20 @@ def serve_app(
             assert not thread.is_alive(), "the server did not stop"
 
 
+@contextmanager
+def abandoned(url: str, body: dict[str, Any]) -> Iterator[None]:
+    """Ask for a chat; the client leaves when the block ends, whatever it has got by then."""
+    parsed, content = httpx.URL(url), json.dumps(body).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {parsed.host}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    assert parsed.port
+    with socket.create_connection((parsed.host, parsed.port)) as connection:
+        connection.sendall(head.encode() + content)
+        yield
+
+
 def make_client(base_url: str, **options: Any) -> openai.OpenAI:
     defaults = {"api_key": "unused", "max_retries": 0, "timeout": 60}
     return openai.OpenAI(base_url=f"{base_url}/v1", **{**defaults, **options})
@@ -85,11 +100,13 @@ def assert_error(response: httpx.Response, status: int) -> dict[str, Any]:
     return body["error"]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Look until it is so: often at first, then less, because looking takes from what is waited for."""
+    deadline, pause = time.monotonic() + seconds, 0.005
     while not condition():
         assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(0.05, 1.3 * pause)
 
 
 @contextmanager

@@ -7,7 +7,9 @@ an environment that has only pytest and an older `openai`.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -15,9 +17,42 @@ import openai
 import pytest
 
 if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
     from evermini.service.runtime import Runtime, ServedModel
 
 CLIENT_OPTIONS: dict[str, Any] = {"api_key": "unused", "max_retries": 0, "timeout": 60}
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite database with all tables and no rows."""
+    from evermini.config import Settings
+    from evermini.storage.database import FILE_NAME, Database
+
+    home = tmp_path_factory.mktemp("migrated")
+    Database.open(Settings(home=home)).close()
+    return home / FILE_NAME
+
+
+@pytest.fixture(scope="module", autouse=True)
+def migrate_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let new databases begin as copies of one that was migrated; `tests/unit/test_storage.py` is about migrations."""
+    if "EVERMINI_TEST_BASE_URL" in os.environ:
+        yield
+        return
+    from evermini.storage import database
+
+    template, migrate = request.getfixturevalue("migrated"), database.migrate
+
+    def copy_and_migrate(engine: Engine) -> None:
+        if engine.dialect.name == "sqlite" and not Path(str(engine.url.database)).exists():
+            shutil.copyfile(template, str(engine.url.database))
+        migrate(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "migrate", copy_and_migrate)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -571,12 +571,9 @@ class TestAbort:
         for chunk in events:
             if chunk.choices[0].delta.content:
                 break
-        assert metric(base_url, "evermini_num_requests_running") == 2
+        wait_until_running(base_url, 2)
         events.close()
-        deadline = time.monotonic() + 5
-        while metric(base_url, "evermini_num_requests_running"):
-            assert time.monotonic() < deadline, "the request still runs"
-            time.sleep(0.01)
+        wait_until_running(base_url, 0)
         assert metric(base_url, "evermini_kv_blocks_used") == 0
         assert metric(base_url, "evermini_choices_total", 'finished_reason="abort"') == aborted + 2
 
@@ -588,10 +585,7 @@ class TestAbort:
                 max_completion_tokens=4000,
                 logit_bias={"2": -100},
             )
-        deadline = time.monotonic() + 5
-        while metric(base_url, "evermini_num_requests_running"):
-            assert time.monotonic() < deadline, "the request still runs"
-            time.sleep(0.01)
+        wait_until_running(base_url, 0)
 
 
 class TestConcurrency:
@@ -631,6 +625,13 @@ class TestConcurrency:
         assert together[10:15] == [f"I like {topic}." for topic in topics]
         same = [a == b for a, b in zip(together[:10] + together[15:], alone * 3, strict=True)]
         assert all(same)
+
+
+def wait_until_running(base_url: str, number: int) -> None:
+    deadline = time.monotonic() + 60
+    while metric(base_url, "evermini_num_requests_running") != number:
+        assert time.monotonic() < deadline, f"it never was {number} requests"
+        time.sleep(0.05)
 
 
 def metric(base_url: str, name: str, label: str = "") -> float:

@@ -6,7 +6,6 @@ Nothing that was acknowledged is lost, nobody restarts the server, and `/healthz
 from __future__ import annotations
 
 import os
-import socket
 import sqlite3
 import subprocess
 import time
@@ -29,6 +28,7 @@ from evermini.storage.database import Database
 from evermini.storage.files import FileStore
 from evermini.storage.jobs import MAX_LEASE, JobStore, enqueue
 from tests.databases import postgres
+from tests.ports import free_port
 from tests.recall_fakes import filler
 from tests.serving import CHAT, make_client, serving, wait_for
 
@@ -40,6 +40,7 @@ DAY = 86_400.0
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(readiness, "MAX_WAIT_SECONDS", 20.0)
+    monkeypatch.setattr(jobs, "MAX_STORAGE_BACKOFF", 1.0)
 
 
 @contextmanager
@@ -267,8 +268,7 @@ def test_the_blob_store_goes_away(
 ) -> None:
     from moto.server import ThreadedMotoServer
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
 
     def start() -> ThreadedMotoServer:
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
@@ -281,6 +281,7 @@ def test_the_blob_store_goes_away(
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # later each time: half a minute for each call
     store = start()
     try:
         bucket = f"evermini-{time.time_ns()}"

@@ -20,7 +20,6 @@ from evermini.engine.adapters import AdapterCache
 from evermini.models.checkpoint import open_checkpoint
 from evermini.service.access import new_key
 from evermini.service.adapters import AdapterStore
-from evermini.service.metering import FLUSH_SECONDS
 from evermini.service.prices import price_of
 from evermini.service.runtime import Runtime, ServedModel
 from evermini.service.upstream.load import connect
@@ -319,7 +318,7 @@ def test_tokens_are_counted_under_its_name_and_price(client: openai.OpenAI, data
         rows[:] = UsageStore(database).totals(0, 2**40, group_by=("model",))
         return bool(rows)
 
-    wait_for(counted, 10 * FLUSH_SECONDS)
+    wait_for(counted)
     (row,) = rows
     assert row.group["model"] == FIRST
     assert (row.input_tokens, row.output_tokens) == (used.prompt_tokens, used.completion_tokens)

@@ -6,6 +6,7 @@ import hmac
 import itertools
 import json
 import logging
+import select
 import socket
 import struct
 import threading
@@ -363,7 +364,8 @@ class TestBodies:
             ]
             for connection in held:
                 connection.sendall(head + b" " * 890_000)
-            refused = [one for one in held if is_answered(one)]
+            time.sleep(1)
+            refused, _, _ = select.select(held, [], [], 0)
             assert 3 <= len(refused) <= 5
             for connection in refused:
                 answer = connection.recv(65536)
@@ -436,14 +438,6 @@ class TestBodies:
         assert answer.status_code in (200, 400, 404), answer.text
         if answer.status_code != 200:
             assert_error(answer, answer.status_code)
-
-
-def is_answered(connection: socket.socket) -> bool:
-    connection.settimeout(1.0)
-    try:
-        return bool(connection.recv(1, socket.MSG_PEEK))
-    except TimeoutError:
-        return False
 
 
 class TestForms:

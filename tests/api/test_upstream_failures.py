@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ import openai
 import pytest
 from starlette.responses import Response
 
+from tests.ports import free_port
 from tests.serving import assert_error, make_client, serve_app, wait_for
 from tests.upstream_fakes import (
     CUT,
@@ -63,9 +63,7 @@ def post(url: str, path: str = "chat/completions", **fields: Any) -> httpx.Respo
 @pytest.fixture(scope="module")
 def nowhere() -> str:
     """A base URL where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    return f"http://127.0.0.1:{port}/v1"
+    return f"http://127.0.0.1:{free_port()}/v1"
 
 
 @pytest.mark.parametrize("form", FORMS)

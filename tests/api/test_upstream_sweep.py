@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from evermini.config import Settings
 from evermini.service.runtime import Runtime, ServedModel
 from evermini.service.upstream import asking
 from tests.long_texts import story
-from tests.serving import assert_error, make_client, reading, serving, wait_for
+from tests.serving import abandoned, assert_error, make_client, reading, serving, wait_for
 from tests.upstream_fakes import (
     FOREVER,
     NAME,
@@ -274,17 +273,9 @@ def test_a_client_that_leaves_ends_all_calls_of_which_there_are_no_more_than_all
             if "Answer with one word." in body["messages"][-1]["content"]
             else in_words(body)
         )
-
-        def leave() -> None:
-            with pytest.raises(httpx.TimeoutException):
-                httpx.post(
-                    f"{url}/v1/chat/completions", json=body_of(REVIEWS, HOW_MANY), timeout=1.5
-                )
-
-        leaving = threading.Thread(target=leave)
-        leaving.start()
-        wait_for(lambda: len(calls(engine)) == 1 + 3)
-        leaving.join()
+        with abandoned(url, body_of(REVIEWS, HOW_MANY)):
+            wait_for(lambda: len(calls(engine)) == 1 + 3)
+            time.sleep(0.3)  # in which a fourth would come
         wait_for(lambda: engine.num_left == 3)
         assert len(calls(engine)) == 1 + 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evermini.engine.request import TokenLogprob, TokenOutput
@@ -49,6 +49,7 @@ def cut_texts(draw: st.DrawFn) -> tuple[str, list[bytes]]:
     return text, [data[a:b] for a, b in pairwise(cuts)]
 
 
+@settings(deadline=None)
 @given(cut_texts())
 def test_without_stops_everything_comes_out(case: tuple[str, list[bytes]]) -> None:
     text, tokens = case
@@ -59,6 +60,7 @@ def test_without_stops_everything_comes_out(case: tuple[str, list[bytes]]) -> No
     assert [token.logprob.token_id for token in listed] == ids
 
 
+@settings(deadline=None)
 @given(cut_texts(), st.lists(st.text(alphabet="abé€😀\n", min_size=1, max_size=3), max_size=4))
 def test_stops_cut_text_and_tokens_alike(case: tuple[str, list[bytes]], stops: list[str]) -> None:
     text, tokens = case

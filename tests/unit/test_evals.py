@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evermini.errors import InvalidRequestError
@@ -162,6 +162,7 @@ def test_scores():
     assert f1("nothing", "else") == 0
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_f1_is_symmetric_and_bounded(a: str, b: str):
     assert 0 <= f1(a, b) <= 1

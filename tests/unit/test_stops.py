@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from evermini.errors import InvalidRequestError
@@ -22,6 +22,7 @@ def naive(stops: list[str], text: str) -> tuple[str, bool]:
     return text, False
 
 
+@settings(deadline=None)
 @given(STOPS, PIECES)
 @example(["abcd", "bc"], ["a", "b", "c", "d"])
 @example(["aab"], ["a", "aa", "ab"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from evermini.tuning.examples import (
     TokenSequence,
 )
 from tests.parity.test_decoder_transformers import CASES, save_tiny
+from tests.ports import free_port
 
 pytest.importorskip("trl")
 VOCAB = 199
@@ -261,9 +261,7 @@ assert is_first or not reports.sent
 @pytest.mark.slow
 def test_several_processes_stop_together(base: Path, tmp_path: Path) -> None:
     """As on several GPUs: the first process alone is told to stop, and all do; then they go on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     both = []
     for rank in ("0", "1"):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

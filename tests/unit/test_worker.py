@@ -128,7 +128,7 @@ async def test_the_loop_runs_on_while_a_step_computes():
         for submission in others:
             submission.abort()
         worker.stats()
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 10.0
         assert not first.done()
         model.gate.set()
         await first

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ import pytest
 from evermini.api import progress
 from evermini.service.runtime import Runtime, ServedModel
 from tests.long_texts import NEEDLES, story
-from tests.serving import assert_error, make_client, reading, serving, wait_for
+from tests.serving import abandoned, assert_error, make_client, reading, serving, wait_for
 
 SWEEP = {"reading": "sweep", "why": True}
 REVIEWS = "\n".join(
@@ -245,16 +244,9 @@ def test_a_client_that_leaves_ends_the_sweep(url, client, served):
         "messages": [{"role": "user", "content": as_document(text) + "Summarise the text."}],
         "x_evermini": SWEEP,
     }
-
-    def leave() -> None:
-        with pytest.raises(httpx.TimeoutException):
-            httpx.post(f"{url}/v1/chat/completions", json=body, timeout=2)
-
-    leaving = threading.Thread(target=leave)
-    leaving.start()
-    wait_for(lambda: served.worker.stats().running > 0, 30)
-    leaving.join()
-    wait_for(lambda: served.worker.stats().running == 0, 30)
+    with abandoned(url, body):
+        wait_for(lambda: served.worker.stats().running > 0)
+    wait_for(lambda: served.worker.stats().running == 0)
     done = served.worker.stats().finished
     time.sleep(0.5)
     assert served.worker.stats().finished == done
