@@ -80,7 +80,7 @@ def make_text(llm: LLM, data: Path, length: int, seed: int) -> tuple[str, list[s
 def measure_ingest(model: str, data: Path, lengths: Sequence[int]) -> list[dict[str, Any]]:
     """Read a fresh text of each length; delete its index again."""
     rows = []
-    with LLM(model) as llm:
+    with LLM(model, prompt_disk=0) as llm:
         recall = llm.recall
         assert recall is not None
         for length in lengths:
@@ -106,7 +106,7 @@ def measure_ingest(model: str, data: Path, lengths: Sequence[int]) -> list[dict[
 
 def measure_server(model: str, data: Path, length: int, threads: int, log: Path) -> dict[str, Any]:
     """Ask a server about a long text: the first time, warm, after a restart, with cold pages."""
-    with LLM(model) as llm:
+    with LLM(model, prompt_disk=0) as llm:
         recall = llm.recall
         assert recall is not None
         text, cities = make_text(llm, data, length, time.time_ns())
@@ -118,6 +118,7 @@ def measure_server(model: str, data: Path, length: int, threads: int, log: Path)
     bias = {str(token): -100 for token in eos_ids}  # answers have the length asked for
     command: list[str | Path] = [
         sys.executable, "-c", program, "serve", "--model", model, "--port", "{port}", "--threads", str(threads),
+        "--prompt-disk", "0",
     ]  # fmt: skip
     found: dict[str, Any] = {"length": length}
     client = httpx.Client(

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the text")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    settings = load_settings({"threads": options.threads}).settings
+    settings = load_settings({"threads": options.threads, "prompt_disk": 0}).settings
     with ExitStack() as stack:
         served = load_tier(options.model, settings)
         stack.callback(served.close)

@@ -99,6 +99,7 @@ def server(given: argparse.Namespace) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "evermini", "serve", "-m", given.model, "--port", str(port)]
+    command += ["--prompt-disk", "0"]  # every image is to be computed
     if given.threads:
         command += ["--threads", str(given.threads)]
     with (

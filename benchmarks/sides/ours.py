@@ -44,6 +44,7 @@ def server_sample(model: str, workload: Workload, eos_ids: list[int], log: Path)
     """Run ``evermini serve`` and measure it from outside."""
     start = "from evermini.cli import main; main()"
     options = ["--model", model, "--port", "{port}", "--threads", str(workload.threads)]
+    options += ["--prompt-disk", "0"]  # every prompt is to be computed
     extra = {"logit_bias": {str(token): -100 for token in eos_ids}}
     command: list[str | Path] = [sys.executable, "-c", start, "serve", *options]
     with running(command, "/healthz", log) as facts:
@@ -89,7 +90,9 @@ def main() -> None:
     from evermini.service.runtime import load_tier
 
     model, workload = sys.argv[1], Workload(**json.loads(sys.argv[2]))
-    served = load_tier(model, load_settings({"threads": workload.threads}).settings)
+    served = load_tier(
+        model, load_settings({"threads": workload.threads, "prompt_disk": 0}).settings
+    )
     try:
         sample = _measure_engine(served, workload)
     finally:

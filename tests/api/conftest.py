@@ -60,7 +60,7 @@ def nano() -> Iterator[ServedModel]:
     from evermini.config import load_settings
     from evermini.service.runtime import load_tier
 
-    settings = load_settings({"model": "nano", "kv_memory": "512MiB"}).settings
+    settings = load_settings({"model": "nano", "kv_memory": "512MiB", "prompt_disk": 0}).settings
     served = load_tier("nano", settings)
     yield served
     served.close(timeout=1.0)

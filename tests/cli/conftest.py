@@ -35,7 +35,7 @@ def clean_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM("nano", kv_memory="256MiB") as llm:
+    with LLM("nano", kv_memory="256MiB", prompt_disk=0) as llm:
         reader = llm._served.reader
         assert reader is not None
         reader.home = tmp_path_factory.mktemp("home")  # not the index of who runs the tests

@@ -22,7 +22,9 @@ MODEL = "gpt-4.1-nano"
 @pytest.fixture
 def served() -> Iterator[ServedModel]:
     # Memory for about 1,000 tokens, which is less than the clients together want.
-    served = load_tier("nano", Settings(model="nano", kv_memory=24 * 1024**2, max_num_seqs=12))
+    served = load_tier(
+        "nano", Settings(model="nano", kv_memory=24 * 1024**2, max_num_seqs=12, prompt_disk=0)
+    )
     yield served
     served.close(timeout=5)
 

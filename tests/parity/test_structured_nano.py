@@ -18,7 +18,7 @@ ASK = [{"role": "user", "content": "Make up something small, in JSON."}]
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM("nano", kv_memory="64MiB", recall=False) as llm:
+    with LLM("nano", kv_memory="64MiB", recall=False, prompt_disk=0) as llm:
         yield llm
 
 

@@ -35,7 +35,7 @@ class Problem:
     remedy: str
 
 
-@with_settings("model", "home", "device", "database_url", "blob_url", "upstream_key")
+@with_settings("model", "home", "device", "prompt_disk", "database_url", "blob_url", "upstream_key")
 def doctor(
     loaded: LoadedSettings,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -76,6 +76,7 @@ def examine(settings: Settings) -> dict[str, Any]:
     report["torch"] = machine.torch_version()
     report["native_kernels"] = _native_kernels(problems)
     report["home"] = _home(settings, problems)
+    report["prompts"] = _prompts(settings)
     report["storage"] = _storage(settings, problems)
     report["upstreams"] = _upstreams(settings, problems)
     use_gpu = bool(gpus) and settings.device != "cpu"
@@ -207,6 +208,13 @@ def _home(settings: Settings, problems: list[Problem]) -> dict[str, Any]:
     return {"path": str(settings.home), "writable": writable, "free": free_bytes(settings.home)}
 
 
+def _prompts(settings: Settings) -> dict[str, Any]:
+    from evermini.service.prompt_cache import prompts_on_disk
+
+    num_blocks, num_bytes = prompts_on_disk(settings.home)
+    return {"blocks": num_blocks, "bytes": num_bytes, "limit": settings.prompt_disk}
+
+
 def _tiers(settings: Settings, memory: Memory, gpus: list[Gpu]) -> list[dict[str, Any]]:
     from rich.filesize import decimal
 
@@ -272,6 +280,9 @@ def _print(report: dict[str, Any]) -> None:
             "native" if native["available"] else f"PyTorch operations: {native['reason']}",
         )
         line("home", f"{home['path']}: {decimal(home['free'])} free")
+        prompts = report["prompts"]
+        limit = f"of {decimal(prompts['limit'])}" if prompts["limit"] else "(prompt_disk = 0)"
+        line("prompts", f"{decimal(prompts['bytes'])} {limit} computed and kept on the disk")
         for tier in report["tiers"]:
             weights = "weights here" if tier["cached"] else f"fetches {decimal(tier['download'])}"
             verdict = "fits" if tier["fits"] else "lacks " + ", ".join(tier["lacks"])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from evermini.cli.options import MODEL_SETTINGS, with_settings
-from evermini.config import LoadedSettings
+from evermini.config import LoadedSettings, Settings
 from evermini.errors import ConfigError, InvalidRequestError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from evermini.evals.corpus import Haystacks
     from evermini.evals.run import Results, Step
     from evermini.llm import LLM
+
+_SETTINGS = tuple(name for name in MODEL_SETTINGS if name != "prompt_disk")
 
 evaluations = typer.Typer(
     help="Measure what is found and answered in long texts, against baselines (needs evermini[evals]).",
@@ -58,7 +61,7 @@ Workers = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
 
 
 @evaluations.command()
-@with_settings(*MODEL_SETTINGS)
+@with_settings(*_SETTINGS)
 def needle(
     loaded: LoadedSettings,
     data: Data = Path("data"),
@@ -107,7 +110,7 @@ def needle(
 
 
 @evaluations.command()
-@with_settings(*MODEL_SETTINGS)
+@with_settings(*_SETTINGS)
 def multikey(
     loaded: LoadedSettings,
     data: Data = Path("data"),
@@ -147,7 +150,7 @@ def multikey(
 
 
 @evaluations.command()
-@with_settings(*MODEL_SETTINGS)
+@with_settings(*_SETTINGS)
 def ruler(
     loaded: LoadedSettings,
     data: Data = Path("data"),
@@ -199,7 +202,7 @@ def ruler(
 
 
 @evaluations.command()
-@with_settings(*MODEL_SETTINGS)
+@with_settings(*_SETTINGS)
 def hotpot(
     loaded: LoadedSettings,
     data: Data = Path("data"),
@@ -239,7 +242,7 @@ def hotpot(
 
 
 @evaluations.command()
-@with_settings(*MODEL_SETTINGS)
+@with_settings(*_SETTINGS)
 def tools(
     loaded: LoadedSettings,
     data: Data = Path("data"),
@@ -271,7 +274,7 @@ def tools(
         for category in categories.split(",")
         for task in bfcl.load_tasks(data, category, questions)
     ]
-    with open_llm(loaded.settings) as llm:
+    with open_llm(_fresh(loaded)) as llm:
         name = f"{loaded.settings.models[0].replace('/', '_')}-{choice}.jsonl"
         outcomes = bfcl.run(
             llm,
@@ -286,7 +289,7 @@ def tools(
 
 
 @evaluations.command()
-@with_settings(*MODEL_SETTINGS)
+@with_settings(*_SETTINGS)
 def ifeval(
     loaded: LoadedSettings,
     data: Data = Path("data"),
@@ -301,7 +304,7 @@ def ifeval(
     from evermini.evals.run import Results
 
     tasks = read_tasks(data)[:prompts]
-    settings = loaded.settings
+    settings = _fresh(loaded)
     with open_llm(settings) as llm:
         config = {
             "task": "ifeval", "prompts": len(tasks), "max_tokens": max_tokens, "model": settings.models[0],
@@ -337,6 +340,11 @@ def parse_lengths(text: str) -> list[int]:
     return found
 
 
+def _fresh(loaded: LoadedSettings) -> Settings:
+    """Return the settings without prompts on the disk: they would make times wrong, and these push out a user's."""
+    return replace(loaded.settings, prompt_disk=0)
+
+
 @contextlib.contextmanager
 def _session(
     loaded: LoadedSettings, out: Path, config: dict[str, Any], systems: str, tail: str, dense: str
@@ -348,7 +356,7 @@ def _session(
 
     chosen = parse_systems(systems)
     _check_packages()
-    settings = loaded.settings
+    settings = _fresh(loaded)
     with open_llm(settings) as llm:
         model = {
             "model": settings.models[0],

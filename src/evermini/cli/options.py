@@ -22,7 +22,7 @@ from evermini.config import (
 
 MODEL_SETTINGS = (
     "model", "home", "weights_dir", "device", "precision", "threads", "kv_memory", "recall", "recall_index",
-    "sweep_limit", "recall_disk",
+    "sweep_limit", "recall_disk", "prompt_disk",
 )  # fmt: skip
 """The settings that matter to a command that runs a model in its own process."""
 

@@ -251,6 +251,14 @@ class Settings:
         group="Engine",
         metavar="SIZE",
     )
+    prompt_disk: Annotated[int, Parsed(parse_bytes), Ge(0)] = _setting(
+        8 * 1024**3,
+        "Disk space for computed prompts of 1,024 tokens or more, so that they need not be computed again after a "
+        "restart; the least recently used go first, 0 keeps none. On a CPU only.",
+        group="Engine",
+        shown="8GiB",
+        metavar="SIZE",
+    )
     max_batch_tokens: Annotated[int, Gt(0)] = _setting(
         512,
         "Tokens computed in one engine step, prompts and decoding together.",

@@ -22,6 +22,7 @@ from torch import Tensor
 from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
 from evermini.engine.masks import MaskFiller, MaskTimes, PendingMasks
+from evermini.engine.prompt_disk import MIN_TOKENS, PromptDisk, PromptDiskStats
 from evermini.engine.request import (
     INTERACTIVE,
     Embedded,
@@ -48,6 +49,12 @@ from evermini.models.lora import LoraWeights
 
 log = logging.getLogger(__name__)
 
+RESTORE_WAIT_SECONDS = 0.005
+"""How long a step without anything to compute waits for the disk, so that a new request or an abort is soon seen."""
+
+CLOSE_SECONDS = 5.0
+"""How long the end of an engine may wait for the disk."""
+
 
 @dataclass(frozen=True)
 class EngineStats:
@@ -60,7 +67,8 @@ class EngineStats:
         kv_blocks_cached: Blocks without an owner whose content can be shared.
         kv_blocks_total: All blocks.
         prompt_tokens: Tokens of the prompts computed so far...
-        cached_tokens: ...of which were found in KV memory.
+        cached_tokens: ...of which were found in KV memory or on the disk.
+        restored_tokens: Tokens whose keys and values were read from the disk.
         generated_tokens: Tokens drawn.
         preemptions: Times a request lost its blocks to an older one.
         steps: Forward passes.
@@ -69,6 +77,7 @@ class EngineStats:
         mask_times: How long the masks of a step took, for steps that had any.
         drafted_tokens: Guessed tokens that were verified...
         accepted_tokens: ...of which were right.
+        disk: Computed prompts on the disk.
     """
 
     running: int
@@ -78,6 +87,7 @@ class EngineStats:
     kv_blocks_total: int
     prompt_tokens: int
     cached_tokens: int
+    restored_tokens: int
     generated_tokens: int
     preemptions: int
     steps: int
@@ -86,6 +96,7 @@ class EngineStats:
     mask_times: MaskTimes
     drafted_tokens: int
     accepted_tokens: int
+    disk: PromptDiskStats
 
 
 class Engine:
@@ -100,6 +111,7 @@ class Engine:
         max_waiting: Requests that may wait beyond these.
         prefix_caching: Share and keep the blocks of equal prefixes.
         speculation: Verify guessed tokens several at a time; see `evermini.engine.speculation`.
+        disk: Where computed prompts outlive KV memory and the process; `close` closes it.
     """
 
     def __init__(
@@ -112,15 +124,18 @@ class Engine:
         max_waiting: int,
         prefix_caching: bool = True,
         speculation: bool = True,
+        disk: PromptDisk | None = None,
     ) -> None:
         self._model = model
         self._speculation = speculation
+        self._disk = disk
         self._blocks = BlockManager(num_blocks, prefix_caching=prefix_caching)
         self._scheduler = Scheduler(
             self._blocks,
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
             speculation=speculation,
+            disk=disk,
         )
         self._kv = model.new_kv_cache(num_blocks)
         self.hidden_size = model.config.hidden_size
@@ -132,6 +147,7 @@ class Engine:
         self._num_added = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._restored_tokens = 0
         self._generated_tokens = 0
         self._drafted_tokens = 0
         self._accepted_tokens = 0
@@ -272,6 +288,7 @@ class Engine:
 
         A failing model ends the requests of this step with `Finished` ``"error"``; the engine lives on.
         """
+        self._take_restored()
         if chunks := self._scheduler.schedule():
             started = time.perf_counter()
             masks = self._masks.begin([c.sequence for c in chunks if draws(c)])
@@ -285,6 +302,10 @@ class Engine:
                 self._advance(chunks, logits, masks)
             self._steps += 1
             self._step_seconds += time.perf_counter() - started
+        elif self._disk is not None:
+            restores = [s.restore for s in self._scheduler.running if s.restore is not None]
+            if restores and not self._events:
+                self._disk.wait(restores, RESTORE_WAIT_SECONDS)
         events, self._events = self._events, []
         return events
 
@@ -298,6 +319,7 @@ class Engine:
             kv_blocks_total=self._blocks.num_blocks,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
+            restored_tokens=self._restored_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
@@ -306,7 +328,17 @@ class Engine:
             mask_times=self._masks.times(),
             drafted_tokens=self._drafted_tokens,
             accepted_tokens=self._accepted_tokens,
+            disk=self.disk_stats(),
         )
+
+    def disk_stats(self) -> PromptDiskStats:
+        """Return what is known of computed prompts on the disk; safe from any thread."""
+        return PromptDiskStats() if self._disk is None else self._disk.stats()
+
+    def close(self) -> None:
+        """Let what waits to be written to the disk get there; the engine's last call."""
+        if self._disk is not None:
+            self._disk.close(CLOSE_SECONDS)
 
     def check_integrity(self) -> None:
         """Check KV memory and that exactly the running requests own blocks.
@@ -330,6 +362,25 @@ class Engine:
             assert has <= blocks_for(len(sequence.token_ids)), (
                 f"{sequence.request_id} kept blocks of a draft"
             )
+
+    def _take_restored(self) -> None:
+        """Book what has been read from the disk: copy blocks into KV memory and publish them."""
+        if self._disk is None:
+            return
+        for sequence in self._scheduler.running:
+            if sequence.restore is None:
+                continue
+            rows, is_over = self._disk.take(sequence.restore)
+            if rows is not None:
+                first = sequence.num_computed // BLOCK_SIZE
+                table = self._blocks.table(sequence.request_id)
+                self._kv.copy_in(table[first : first + len(rows)], rows)
+                num_tokens = len(rows) * BLOCK_SIZE
+                sequence.num_computed += num_tokens
+                self._blocks.publish(sequence.request_id, sequence.chain.keys[: first + len(rows)])
+                self._restored_tokens += num_tokens
+            if is_over:
+                sequence.restore = None
 
     def _forward(self, chunks: list[Chunk]) -> tuple[Tensor, Tensor | None]:
         """Return the logits (R, vocab_size) of all `wanted_rows`, chunk after chunk.
@@ -366,6 +417,8 @@ class Engine:
             sequence, num_rows = chunk.sequence, len(wanted_rows(chunk))
             mine = logits[row : row + num_rows]
             row += num_rows
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = chunk.start
             sequence.num_computed = chunk.end
             ended: FinishReason | None = None
             message = ""
@@ -382,10 +435,31 @@ class Engine:
             self._blocks.publish(
                 sequence.request_id, sequence.chain.keys[: sequence.num_computed // BLOCK_SIZE]
             )
+            self._offer(sequence)
             if chunk.draft:
                 self._blocks.shrink(sequence.request_id, len(sequence.token_ids))
             if ended is not None:
                 self._finish(sequence, ended, message)
+
+    def _offer(self, sequence: Sequence) -> None:
+        """Offer the disk the blocks that a request has filled, each once.
+
+        Not those of batches: a batch would push out everything that somebody waits for.
+        """
+        num_full = sequence.num_computed // BLOCK_SIZE
+        if (
+            self._disk is None
+            or sequence.priority > INTERACTIVE
+            or len(sequence.token_ids) < MIN_TOKENS
+            or sequence.num_saved >= num_full
+        ):
+            return
+        table = self._blocks.table(sequence.request_id)
+        sequence.num_saved = self._disk.offer(
+            sequence.chain.keys[:num_full],
+            sequence.num_saved,
+            lambda indexes: self._kv.copy_out([table[index] for index in indexes]),
+        )
 
     def _score_prompt(self, chunk: Chunk, logits: Tensor) -> None:
         """Append the log-probabilities of the prompt tokens that this chunk's rows predict."""
@@ -460,6 +534,8 @@ class Engine:
             self._finish(chunk.sequence, "error", message)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, message: str = "") -> None:
+        if self._disk is not None:
+            self._disk.note_use(sequence.chain.keys[: sequence.num_computed // BLOCK_SIZE])
         self._scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
         self._finished[reason] += 1

@@ -135,9 +135,9 @@ class TokenOutput:
 class PromptDone:
     """The prompt is computed; sent once, before the first token.
 
-    ``cached_tokens`` of the prompt were found in KV memory. ``prompt_logprobs`` (if asked for) has one entry per
-    prompt token; the first is ``None``. ``pooled`` (if asked for) is the mean over the prompt's tokens of what the
-    model's head sees, one number per dimension.
+    ``cached_tokens`` of the prompt were found in KV memory or on the disk. ``prompt_logprobs`` (if asked for) has one
+    entry per prompt token; the first is ``None``. ``pooled`` (if asked for) is the mean over the prompt's tokens of
+    what the model's head sees, one number per dimension.
     """
 
     cached_tokens: int

@@ -18,7 +18,8 @@ stream (mini on one core: 128 tokens take 0.25 s, at 85 % of the speed of 512, w
 for its first tokens, they get up to half: else half of a full machine's clients wait to begin, rather than all of them
 a little longer for each token. The answers end at the same time.
 
-A request owns the blocks of all its known tokens from admission on, so prefill never runs out of memory.
+A request owns the blocks of all its known tokens from admission on, so prefill never runs out of memory. While blocks
+of it are read from the disk (`evermini.engine.prompt_disk`), the steps are the others'.
 
 "Oldest" and "youngest" go by priority first: every request that somebody waits for is older than every batch's. Batches
 compute at most a quarter of a step's tokens for prompts, for whoever arrives during a step waits for its end; and they
@@ -32,6 +33,7 @@ from collections import abc
 from dataclasses import dataclass, replace
 
 from evermini.engine.kv import BlockManager, blocks_for
+from evermini.engine.prompt_disk import MIN_TOKENS, PromptDisk
 from evermini.engine.request import INTERACTIVE
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import MAX_DRAFT, NO_DRAFT, Draft, break_even, plan
@@ -76,6 +78,7 @@ class Scheduler:
         max_batch_tokens: Tokens per step; more than ``max_num_seqs``, so that prompts advance beside decodes.
         max_num_seqs: Requests running at once.
         speculation: Make drafts.
+        disk: Where computed prompts are looked for that are not in KV memory.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_num_seqs: int,
         speculation: bool = True,
+        disk: PromptDisk | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, not {max_num_seqs}")
@@ -97,6 +101,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
         self._speculation = speculation
+        self._disk = disk
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -155,7 +160,7 @@ class Scheduler:
     def _schedule_decodes(self) -> list[Chunk]:
         chunks: list[Chunk] = []
         for sequence in list(self.running):
-            if not (sequence.is_running and sequence.is_decoding):
+            if not (sequence.is_running and sequence.is_decoding) or sequence.restore:
                 continue
             known = len(sequence.token_ids)
             while not self._blocks.grow(sequence.request_id, known):
@@ -195,13 +200,16 @@ class Scheduler:
         self.running.remove(sequence)
         self._blocks.free(sequence.request_id)
         sequence.is_running = False
+        if self._disk is not None and sequence.restore is not None:
+            self._disk.cancel(sequence.restore)
+            sequence.restore = None
 
     def _schedule_prompts(self, budget: int) -> list[Chunk]:
         by_age = [sequence for sequence in self.running if not sequence.is_decoding]
         if len(self.running) < self._max_num_seqs:
             by_age = sorted(by_age + self.waiting[:MAX_CANDIDATES], key=_rank)
         untried = iter(by_age)
-        oldest = next((sequence for sequence in untried if self._holds_memory(sequence)), None)
+        oldest = next((sequence for sequence in untried if self._is_ready(sequence)), None)
         if oldest is None:
             return []
         grants = {oldest: 0}
@@ -214,7 +222,7 @@ class Scheduler:
                 limit = min(limit, scored_rows)
             if sequence.priority > INTERACTIVE:
                 limit = min(limit, batch_rows)
-            if min(limit, budget) == 0 or not self._holds_memory(sequence):
+            if min(limit, budget) == 0 or not self._is_ready(sequence):
                 continue
             granted = grants.get(sequence, 0)
             size = min(limit, budget, sequence.num_remaining - granted)
@@ -238,6 +246,10 @@ class Scheduler:
         num_left = len(sequence.token_ids) - in_memory
         return (num_left - 1) // self._max_batch_tokens, sequence.arrival
 
+    def _is_ready(self, sequence: Sequence) -> bool:
+        """Return whether ``sequence`` can be computed now, admitting it if it waits and may."""
+        return self._holds_memory(sequence) and sequence.restore is None
+
     def _holds_memory(self, sequence: Sequence) -> bool:
         """Return whether ``sequence`` is running, admitting it now if it waits and may."""
         if sequence.is_running:
@@ -258,8 +270,9 @@ class Scheduler:
         if sequence is not oldest:
             oldest.num_overtaken += 1
         sequence.num_computed = cached
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = cached
+        missing = sequence.shareable[cached // BLOCK_SIZE :]
+        if self._disk is not None and missing and len(sequence.token_ids) >= MIN_TOKENS:
+            sequence.restore = self._disk.begin(missing)
         sequence.preempted = False
         sequence.is_running = True
         self.waiting.remove(sequence)

@@ -9,6 +9,7 @@ from torch import Tensor
 from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.constraint import ConstraintState
 from evermini.engine.kv import BlockKey, PrefixChain
+from evermini.engine.prompt_disk import Restore
 from evermini.engine.request import Embedded, SamplingParams, TokenLogprob
 from evermini.engine.sampler import Sampler
 from evermini.engine.speculation import Drafter
@@ -38,7 +39,9 @@ class Sequence:
         embedded: The images in the prompt.
         is_running: Admitted, so it owns blocks; else it waits.
         num_computed: Tokens whose keys and values are in KV memory.
-        cached_tokens: Prompt tokens found in KV memory at the first admission; ``None`` before.
+        cached_tokens: Prompt tokens found in KV memory or on the disk; ``None`` until a first one is computed.
+        restore: Blocks that are being read from the disk; until that is over, nothing is computed.
+        num_saved: Leading blocks that the disk has been offered.
         prompt_logprobs: One entry per scored prompt token, if asked for.
         num_pooled: Prompt tokens whose hidden states are in ``pooled``.
         pooled: Their sum, if asked for.
@@ -64,6 +67,8 @@ class Sequence:
     is_running: bool = False
     num_computed: int = 0
     cached_tokens: int | None = None
+    restore: Restore | None = None
+    num_saved: int = 0
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     num_pooled: int = 0
     pooled: Tensor | None = None

@@ -262,7 +262,11 @@ class EngineWorker:
     def stats(self) -> EngineStats:
         """Return the gauges and counters as of the last step."""
         stats = self._stats
-        return replace(stats, waiting=max(0, len(self._submissions) - stats.running))
+        return replace(
+            stats,
+            waiting=max(0, len(self._submissions) - stats.running),
+            disk=self._engine.disk_stats(),
+        )
 
     def _abort(self, request_id: str) -> None:
         with self._changed:
@@ -282,6 +286,7 @@ class EngineWorker:
             message = f"The engine failed and has stopped ({type(error).__name__}: {error}). Restart the server."
         finally:
             self._end_all(message)
+            self._engine.close()
 
     def _serve(self) -> None:
         """Serve until stopped: commands, step, events."""

@@ -180,6 +180,12 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
+def version() -> str:
+    """Return what names the kernels in use, by their sources, flags, compiler and CPU; empty without them."""
+    library = load()
+    return "" if library is None else Path(library._name).stem
+
+
 def _build() -> Path:
     """Return the path of the compiled library, compiling it if it is not there yet."""
     compiler = next(

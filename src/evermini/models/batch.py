@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,11 +149,40 @@ class KVCache:
         self.k = [_zeros(k_shape, dtype, device) for _ in range(config.num_layers)]
         self.v = [_zeros(v_shape, dtype, device) for _ in range(config.num_layers)]
 
+    def copy_out(self, blocks: Sequence[int]) -> Tensor:
+        """Return copies of blocks: (n, bytes per block) uint8 on the CPU, keys of all layers, then values."""
+        tensors = (*self.k, *self.v)
+        rows = torch.empty(len(blocks), sum(map(_block_bytes, tensors)), dtype=torch.uint8)
+        index = torch.tensor(blocks, device=tensors[0].device)
+        for tensor, part in zip(tensors, _parts(rows, tensors), strict=True):
+            part.copy_(tensor[index])
+        return rows
+
+    def copy_in(self, blocks: Sequence[int], rows: Tensor) -> None:
+        """Overwrite blocks with what `copy_out` returned."""
+        tensors = (*self.k, *self.v)
+        index = torch.tensor(blocks, device=tensors[0].device)
+        for tensor, part in zip(tensors, _parts(rows, tensors), strict=True):
+            tensor[index] = part.to(tensor.device)
+
     @staticmethod
     def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
         """Return the bytes one block takes over all layers."""
         per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         return per_token * BLOCK_SIZE * dtype.itemsize
+
+
+def _block_bytes(tensor: Tensor) -> int:
+    return tensor[0].numel() * tensor.dtype.itemsize
+
+
+def _parts(rows: Tensor, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield views (n, *shape of a block) of ``rows``, one for each tensor of a `KVCache`."""
+    at = 0
+    for tensor in tensors:
+        end = at + _block_bytes(tensor)
+        yield rows[:, at:end].view(tensor.dtype).view(len(rows), *tensor.shape[1:])
+        at = end
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:

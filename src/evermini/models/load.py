@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Literal
@@ -67,3 +68,11 @@ def load_model(
         )
         return Decoder(checkpoint, bits=bits)
     return NativeDecoder(checkpoint, bits=bits, home=home)
+
+
+def numerics() -> str:
+    """Return what decides the last bits of a model's values on this machine, beside its weights and precision."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    return f"torch {torch.__version__} kernels {kernels.version()} models {sources.hexdigest()}"

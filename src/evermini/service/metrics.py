@@ -231,8 +231,28 @@ def _families() -> list[tuple[EngineFamily, Reader]]:
         counter("prompt_tokens", "Prompt tokens of started requests.", lambda s: s.prompt_tokens),
         counter(
             "prefix_cache_hit_tokens",
-            "Prompt tokens found in KV memory instead of computed.",
+            "Prompt tokens found in KV memory or on the disk instead of computed.",
             lambda s: s.cached_tokens,
+        ),
+        counter(
+            "prefix_cache_restored_tokens",
+            "Tokens whose keys and values were read from the disk.",
+            lambda s: s.restored_tokens,
+        ),
+        counter(
+            "prefix_cache_disk_written_blocks",
+            "KV blocks written to the disk.",
+            lambda s: s.disk.blocks_written,
+        ),
+        counter(
+            "prefix_cache_disk_damaged_blocks",
+            "KV blocks on the disk that were not what was written.",
+            lambda s: s.disk.blocks_damaged,
+        ),
+        gauge(
+            "prefix_cache_disk_bytes",
+            "What computed prompts take on the disk, of all models.",
+            lambda s: s.disk.num_bytes,
         ),
         counter("generation_tokens", "Tokens generated.", lambda s: s.generated_tokens),
         counter(

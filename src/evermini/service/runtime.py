@@ -30,6 +30,7 @@ from evermini.service.loading import load_checkpoint, load_indexer
 from evermini.service.memory import kv_blocks
 from evermini.service.metrics import Metrics
 from evermini.service.model_info import ModelInfo, fingerprint, info_of
+from evermini.service.prompt_cache import open_prompts
 from evermini.service.reading import LongReader
 from evermini.service.sight import Sight
 from evermini.service.upstream.load import load_upstream
@@ -245,7 +246,7 @@ def load_tier(
     template = ChatTemplate(tokenizer)
     device = loaded.model.device if isinstance(loaded.model, Decoder) else "cpu"
     tower = load_tower(checkpoint, device=device, precision=settings.precision, home=settings.home)
-    worker = start_worker(loaded.model, settings)
+    worker = start_worker(loaded.model, settings, weights=checkpoint.fingerprint)
     sight = None if tower is None else Sight(tower, tokenizer, window=worker.max_model_len)
     reader = None
     if settings.recall:
@@ -284,8 +285,13 @@ def reading_policy(config: ModelConfig) -> Policy:
     return SPARING if is_small else Policy()
 
 
-def start_worker(model: Model, settings: Settings) -> EngineWorker:
+def start_worker(model: Model, settings: Settings, *, weights: str | None = None) -> EngineWorker:
     """Return a running engine for ``model``, its KV memory sized by the settings.
+
+    Args:
+        model: The model.
+        settings: Memory and limits.
+        weights: Hash of its checkpoint, under which computed prompts are kept on the disk; ``None``: they are not.
 
     Raises:
         ConfigError: The limits contradict each other, or there is too little memory.
@@ -304,6 +310,7 @@ def start_worker(model: Model, settings: Settings) -> EngineWorker:
         max_num_seqs=settings.max_num_seqs,
         max_waiting=settings.max_waiting,
         speculation=settings.speculation == "auto",
+        disk=None if weights is None else open_prompts(model, settings, weights),
     )
     worker = EngineWorker(engine)
     worker.start()
