@@ -15,7 +15,7 @@ from evermini.api.description import Parameter, described
 from evermini.api.errors import JsonResponse
 from evermini.errors import InvalidRequestError
 from evermini.service.metering import Meter
-from evermini.service.prices import price_of
+from evermini.service.prices import cost_of
 from evermini.service.runtime import Runtime
 from evermini.service.shapes import UsagePage
 from evermini.storage.database import Database
@@ -193,19 +193,10 @@ def _embeddings_result(group_by: Sequence[str], totals: Sequence[Total]) -> dict
 
 
 def _cost_result(group_by: Sequence[str], totals: Sequence[Total]) -> dict[str, Any]:
-    dollars = sum(
-        price_of(str(total.group["model"])).cost(
-            total.input_tokens,
-            total.cached_tokens,
-            total.output_tokens,
-            is_batch=bool(total.group["is_batch"]),
-        )
-        for total in totals
-    )
     fields = _group_fields(group_by, totals[0])
     return {
         "object": "organization.costs.result",
-        "amount": {"value": dollars, "currency": "usd"},
+        "amount": {"value": cost_of(totals), "currency": "usd"},
         "line_item": None,
         "quantity": None,
         "project_id": fields["project_id"],

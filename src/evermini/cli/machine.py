@@ -48,7 +48,6 @@ class Gpu:
     """A GPU that torch can use."""
 
     name: str
-    total_memory: int
     free_memory: int
 
 
@@ -95,8 +94,8 @@ def gpus() -> list[Gpu]:
 
     found = []
     for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(Gpu(torch.cuda.get_device_name(index), total, free))
+        free, _ = torch.cuda.mem_get_info(index)
+        found.append(Gpu(torch.cuda.get_device_name(index), free))
     return found
 
 

@@ -100,11 +100,6 @@ class LoraWeights:
         """The largest rank of all targets."""
         return max(factors.rank for factors in self.factors.values())
 
-    @property
-    def num_parameters(self) -> int:
-        """Numbers that were trained."""
-        return sum(f.a.numel() + f.b.numel() for f in self.factors.values())
-
     def layer(self, index: int) -> dict[str, LoraFactors]:
         """Return the factors of one layer, by target."""
         return {

@@ -29,6 +29,7 @@ from evermini.service.constraints import constrain, constraint_of
 from evermini.service.documents import Documents
 from evermini.service.generation import (
     Candidate,
+    Generated,
     Generation,
     Usage,
     seed_of_choice,
@@ -75,7 +76,7 @@ class _CallIds:
         return ToolCallDelta(piece.index, piece.tool.kind, call_id, piece.tool.name)
 
 
-class EngineAnswer:
+class EngineAnswer(Generated):
     """What the native engine writes.
 
     Args:
@@ -86,7 +87,7 @@ class EngineAnswer:
 
     def __init__(self, generation: Generation, toolset: Toolset, tokenizer: Tokenizer) -> None:
         self.told: dict[str, Any] | None = None
-        self._generation = generation
+        super().__init__(generation)
         self._toolset = toolset
         self._tokenizer = tokenizer
         self._call_ids: defaultdict[int, _CallIds] = defaultdict(_CallIds)
@@ -107,20 +108,6 @@ class EngineAnswer:
                     tuple(shown_token(self._tokenizer, token.logprob) for token in gained.logprobs),
                     reason,
                 )
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far; final once the deltas are exhausted."""
-        return self._generation.usage
-
-    @property
-    def has_begun(self) -> bool:
-        """A prompt has been computed, so there is something to pay for."""
-        return self._generation.has_begun
-
-    def abort(self) -> None:
-        """End the request in the engine if it still runs."""
-        self._generation.abort()
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from evermini.engine.request import TokenLogprob
 from evermini.errors import InvalidRequestError
 from evermini.service.generation import (
     Candidate,
+    Generated,
     Generation,
     Usage,
     seed_of_choice,
@@ -40,7 +41,7 @@ class Prompt:
     ids: Sequence[int]
 
 
-class EngineCompletion:
+class EngineCompletion(Generated):
     """What the native engine writes.
 
     Args:
@@ -57,9 +58,9 @@ class EngineCompletion:
         generation: Generation,
         tokenizer: Tokenizer,
     ) -> None:
+        super().__init__(generation)
         self._request = request
         self._prompts = prompts
-        self._generation = generation
         self._tokenizer = tokenizer
 
     async def deltas(self) -> AsyncGenerator[TextDelta, None]:
@@ -105,20 +106,6 @@ class EngineCompletion:
 
     def _text(self, token_id: int) -> str:
         return token_text(self._tokenizer.token_bytes(token_id), prefix="bytes:")
-
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far; final once the deltas are exhausted."""
-        return self._generation.usage
-
-    @property
-    def has_begun(self) -> bool:
-        """A prompt has been computed, so there is something to pay for."""
-        return self._generation.has_begun
-
-    def abort(self) -> None:
-        """End the request in the engine if it still runs."""
-        self._generation.abort()
 
 
 class CompletionRun:

@@ -281,6 +281,31 @@ class Generation:
         self._news.put_nowait(Delta(index, piece.text, piece.logprobs, reason, piece.calls))
 
 
+class Generated:
+    """What the engine of this process writes, for whoever shows it: all but the deltas of `Answering` and `Completing`.
+
+    Args:
+        generation: The request's choices in the engine.
+    """
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens so far; final once the deltas are exhausted."""
+        return self._generation.usage
+
+    @property
+    def has_begun(self) -> bool:
+        """A prompt has been computed, so there is something to pay for."""
+        return self._generation.has_begun
+
+    def abort(self) -> None:
+        """End the request in the engine if it still runs."""
+        self._generation.abort()
+
+
 def seed_of_choice(seed: int | None, choice: int) -> int | None:
     """Return the seed of a request's n-th choice: the request's own for the first, unrelated ones for the others.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from evermini.errors import StorageError
 from evermini.service.caller import current_caller
 from evermini.service.generation import Usage
-from evermini.service.prices import price_of
+from evermini.service.prices import cost_of
 from evermini.storage.database import Database
 from evermini.storage.usage import Filter, UsageStore, Used
 
@@ -110,15 +110,7 @@ class Meter:
             group_by=("model", "is_batch"),
             only=Filter(keys=(key_id,)),
         )
-        return sum(
-            price_of(str(total.group["model"])).cost(
-                total.input_tokens,
-                total.cached_tokens,
-                total.output_tokens,
-                is_batch=bool(total.group["is_batch"]),
-            )
-            for total in totals
-        )
+        return cost_of(totals)
 
     async def _run(self) -> None:
         while True:

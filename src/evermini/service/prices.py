@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evermini.storage.usage import Total
 
 BATCH_SHARE = 0.5
 """What a batch costs, as a share of the price."""
@@ -67,6 +72,19 @@ def price_of(model: str) -> Price:
     base = model.removeprefix("ft:")
     fitting = [name for name in prices if base.startswith(name)]
     return prices[max(fitting, key=len, default="gpt-4.1-mini")]
+
+
+def cost_of(totals: Iterable[Total]) -> float:
+    """Return what usage costs by the list prices, in US dollars; it was summed up by model, batches apart."""
+    return sum(
+        price_of(str(total.group["model"])).cost(
+            total.input_tokens,
+            total.cached_tokens,
+            total.output_tokens,
+            is_batch=bool(total.group["is_batch"]),
+        )
+        for total in totals
+    )
 
 
 def machine_price(

@@ -13,10 +13,11 @@ from typing import Concatenate, Generic, ParamSpec, TypeVar
 from evermini.errors import NotFoundError
 from evermini.service.caller import current_caller
 from evermini.storage.database import Database
+from evermini.storage.schema import ProjectStore
 
 P = ParamSpec("P")
 T = TypeVar("T")
-StoreT = TypeVar("StoreT")
+StoreT = TypeVar("StoreT", bound=ProjectStore)
 
 
 class Seen(Generic[StoreT]):
@@ -24,14 +25,14 @@ class Seen(Generic[StoreT]):
 
     Args:
         database: Where they are.
-        store: Makes the store of a project; ``None``: of all.
+        store: What reads and writes them.
         missing: Makes the error for an id that the caller has nothing of.
     """
 
     def __init__(
         self,
         database: Database,
-        store: Callable[[Database, str | None], StoreT],
+        store: type[StoreT],
         missing: Callable[[str], NotFoundError],
     ) -> None:
         self._database, self._store, self._missing = database, store, missing

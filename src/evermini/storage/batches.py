@@ -18,7 +18,6 @@ from functools import partial
 from sqlalchemy import ForeignKey, Index, delete, func, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from evermini.storage.database import Database
 from evermini.storage.files import StoredFile, add_file
 from evermini.storage.jobs import Job, enqueue, finish, hold, subject_of
 from evermini.storage.schema import (
@@ -28,7 +27,9 @@ from evermini.storage.schema import (
     Number,
     Owned,
     Page,
+    ProjectStore,
     Shown,
+    StoredObject,
     find,
     owned,
     page,
@@ -99,42 +100,22 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class StoredBatch:
+class StoredBatch(StoredObject):
     """A batch.
 
     Attributes:
-        body: The object that clients see.
         output_seconds: How long its files are kept; ``None``: until they are deleted.
         key_id: The key that created it, if one did.
         project: Whose it is, and what its tokens are counted for.
     """
 
-    body: Json
     output_seconds: int | None
     key_id: str | None = None
     project: str = "default"
 
-    @property
-    def id(self) -> str:
-        """Its id."""
-        return str(self.body["id"])
 
-    @property
-    def status(self) -> str:
-        """Its status."""
-        return str(self.body["status"])
-
-
-class BatchStore:
-    """Reads and writes batches.
-
-    Args:
-        database: Where they are.
-        project: Whose batches are found; ``None``: everybody's.
-    """
-
-    def __init__(self, database: Database, project: str | None = None) -> None:
-        self._database, self._project = database, project
+class BatchStore(ProjectStore):
+    """Reads and writes batches."""
 
     def add(self, batch: StoredBatch) -> None:
         """Store a new batch and the job to work on it."""

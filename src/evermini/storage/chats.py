@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from sqlalchemy import ForeignKey, Index, delete
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Json, Number, Owned, Page, find, owned, page
+from evermini.storage.schema import (
+    Base,
+    Cursor,
+    Json,
+    Number,
+    Owned,
+    Page,
+    ProjectStore,
+    find,
+    owned,
+    page,
+)
 
 
 class ChatCompletionRow(Owned, Base):
@@ -49,16 +59,8 @@ class StoredChat:
     messages: list[Json]
 
 
-class ChatStore:
-    """Reads and writes stored chat completions.
-
-    Args:
-        database: Where they are.
-        project: Whose completions are found; ``None``: everybody's.
-    """
-
-    def __init__(self, database: Database, project: str | None = None) -> None:
-        self._database, self._project = database, project
+class ChatStore(ProjectStore):
+    """Reads and writes stored chat completions."""
 
     def add(
         self,

@@ -10,8 +10,18 @@ from dataclasses import dataclass
 from sqlalchemy import ForeignKey, Index, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Json, Listed, Number, Owned, Page, find, page
+from evermini.storage.schema import (
+    Base,
+    Cursor,
+    Json,
+    Listed,
+    Number,
+    Owned,
+    Page,
+    ProjectStore,
+    find,
+    page,
+)
 
 
 class ConversationRow(Owned, Base):
@@ -49,16 +59,8 @@ class StoredConversation:
     metadata: dict[str, str]
 
 
-class ConversationStore:
-    """Reads and writes conversations. Methods return ``None`` where there is no conversation of the id.
-
-    Args:
-        database: Where they are.
-        project: Whose conversations are found; ``None``: everybody's.
-    """
-
-    def __init__(self, database: Database, project: str | None = None) -> None:
-        self._database, self._project = database, project
+class ConversationStore(ProjectStore):
+    """Reads and writes conversations. Methods return ``None`` where there is no conversation of the id."""
 
     def add(
         self,

@@ -12,8 +12,17 @@ from dataclasses import dataclass
 from sqlalchemy import Double, ForeignKey, Index, Select, func, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 
-from evermini.storage.database import Database
-from evermini.storage.schema import Base, Cursor, Number, Owned, Page, find, owned, page
+from evermini.storage.schema import (
+    Base,
+    Cursor,
+    Number,
+    Owned,
+    Page,
+    ProjectStore,
+    find,
+    owned,
+    page,
+)
 
 
 class FileRow(Owned, Base):
@@ -130,16 +139,8 @@ class StoredUpload:
     project: str = "default"
 
 
-class FileStore:
-    """Reads and writes files.
-
-    Args:
-        database: Where they are.
-        project: Whose files are found; ``None``: everybody's.
-    """
-
-    def __init__(self, database: Database, project: str | None = None) -> None:
-        self._database, self._project = database, project
+class FileStore(ProjectStore):
+    """Reads and writes files."""
 
     def add(self, file: StoredFile) -> None:
         """Store a file whose blobs are complete."""
@@ -209,16 +210,8 @@ class FileStore:
         return owned(FileRow, self._project).where(is_alive)
 
 
-class UploadStore:
-    """Reads and writes uploads in parts.
-
-    Args:
-        database: Where they are.
-        project: Whose uploads are found; ``None``: everybody's.
-    """
-
-    def __init__(self, database: Database, project: str | None = None) -> None:
-        self._database, self._project = database, project
+class UploadStore(ProjectStore):
+    """Reads and writes uploads in parts."""
 
     def add(self, upload: StoredUpload) -> None:
         """Store a new upload, which has no parts yet."""

@@ -19,7 +19,6 @@ from itertools import islice
 from sqlalchemy import Index, delete, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
-from evermini.storage.database import Database
 from evermini.storage.files import StoredFile, add_file
 from evermini.storage.jobs import Job, JobRow, drop, enqueue, finish, hold, subject_of
 from evermini.storage.schema import (
@@ -29,7 +28,9 @@ from evermini.storage.schema import (
     Number,
     Owned,
     Page,
+    ProjectStore,
     Shown,
+    StoredObject,
     behind,
     find,
     owned,
@@ -67,42 +68,22 @@ class FineTuningRow(Shown, Owned, Base):
 
 
 @dataclass(frozen=True)
-class StoredTuning:
+class StoredTuning(StoredObject):
     """A job.
 
     Attributes:
-        body: The object that clients see.
         spec: What the training process is told.
         key_id: The key that created it, if one did.
         project: Whose it is.
     """
 
-    body: Json
     spec: Json
     key_id: str | None = None
     project: str = "default"
 
-    @property
-    def id(self) -> str:
-        """Its id."""
-        return str(self.body["id"])
 
-    @property
-    def status(self) -> str:
-        """Its status."""
-        return str(self.body["status"])
-
-
-class TuningStore:
-    """Reads and writes fine-tuning jobs.
-
-    Args:
-        database: Where they are.
-        project: Whose jobs are found; ``None``: everybody's.
-    """
-
-    def __init__(self, database: Database, project: str | None = None) -> None:
-        self._database, self._project = database, project
+class TuningStore(ProjectStore):
+    """Reads and writes fine-tuning jobs."""
 
     def add(self, tuning: StoredTuning, events: Sequence[Event]) -> None:
         """Store a new job, and the queue's job to check its files."""

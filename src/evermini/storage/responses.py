@@ -15,9 +15,17 @@ from sqlalchemy import ForeignKey, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from evermini.storage.conversations import append_items, find_item
-from evermini.storage.database import Database
 from evermini.storage.jobs import Job, drop, enqueue, finish, hold
-from evermini.storage.schema import Base, Json, Number, Owned, find, owned
+from evermini.storage.schema import (
+    Base,
+    Json,
+    Number,
+    Owned,
+    ProjectStore,
+    StoredObject,
+    find,
+    owned,
+)
 
 JOB = "response"
 UNFINISHED = ("queued", "in_progress")
@@ -64,11 +72,10 @@ class ResponseItemRow(Base):
 
 
 @dataclass(frozen=True)
-class StoredResponse:
+class StoredResponse(StoredObject):
     """A response.
 
     Attributes:
-        body: The object that clients see.
         items: Its own input, each item with an id; not that of the responses before it.
         request: The body of the request.
         is_resumable: Its events are stored, too.
@@ -76,7 +83,6 @@ class StoredResponse:
         project: Whose it is.
     """
 
-    body: Json
     items: list[Json]
     request: Json
     is_resumable: bool = False
@@ -84,14 +90,9 @@ class StoredResponse:
     project: str = "default"
 
     @property
-    def id(self) -> str:
-        """The response's id."""
-        return str(self.body["id"])
-
-    @property
     def is_finished(self) -> bool:
         """Nothing about it will change."""
-        return self.body["status"] not in UNFINISHED
+        return self.status not in UNFINISHED
 
 
 @dataclass(frozen=True)
@@ -102,16 +103,8 @@ class Addition:
     items: Sequence[Json]
 
 
-class ResponseStore:
-    """Reads and writes responses.
-
-    Args:
-        database: Where they are.
-        project: Whose responses clients find; ``None``: everybody's. Who changes one has found it before.
-    """
-
-    def __init__(self, database: Database, project: str | None = None) -> None:
-        self._database, self._project = database, project
+class ResponseStore(ProjectStore):
+    """Reads and writes responses. Who changes one has found it before."""
 
     def add(
         self,

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from sqlalchemy import JSON, BigInteger, Integer, MetaData, Select, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session
 
+if TYPE_CHECKING:
+    from evermini.storage.database import Database
+
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
 Scope = Literal["inference", "files", "admin"]
@@ -65,6 +68,35 @@ class Owned(Listed):
 
     if TYPE_CHECKING:
         project: Mapped[str]
+
+
+class ProjectStore:
+    """Reads and writes what belongs to projects.
+
+    Args:
+        database: Where it is.
+        project: Whose rows are found; ``None``: everybody's.
+    """
+
+    def __init__(self, database: Database, project: str | None = None) -> None:
+        self._database, self._project = database, project
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """What clients see as one object, which says its id and status itself."""
+
+    body: Json
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return str(self.body["id"])
+
+    @property
+    def status(self) -> str:
+        """Its status."""
+        return str(self.body["status"])
 
 
 def owned(rows: type[OwnedT], project: str | None) -> Select[OwnedT]:
