@@ -20,7 +20,6 @@ from evermini.config import Settings
 from evermini.service.runtime import Runtime
 from evermini.storage.blobs import BlobStore
 from evermini.storage.database import Database
-from evermini.storage.files import FileStore
 from tests.serving import assert_error, make_client, serving
 
 ROWS = b'{"custom_id": "a"}\n' * 1000
@@ -419,7 +418,7 @@ def test_a_full_disk_loses_nothing_and_is_not_retried(
         client.files.create(file=("b.txt", b"stored"), purpose="user_data")
         assert client.files.content(kept.id).read() == b"kept"
         assert len(blob_names(settings)) == 2
-        assert FileStore(database).total_bytes() == 10
+        assert sum(file.bytes for file in client.files.list().data) == 10
 
 
 def announce(client: openai.OpenAI, num_bytes: int) -> openai.types.Upload:

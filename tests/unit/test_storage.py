@@ -31,7 +31,7 @@ from evermini.storage import migrate as migrate_module
 from evermini.storage.chats import ChatStore
 from evermini.storage.conversations import ConversationStore
 from evermini.storage.database import Database, database_url
-from evermini.storage.files import FileStore, StoredFile
+from evermini.storage.files import FileStore, Piece, StoredFile
 from evermini.storage.jobs import Job, JobStore, LeaseLostError, enqueue
 from evermini.storage.keys import KeyStore
 from evermini.storage.responses import JOB as RESPONSE_JOB
@@ -525,13 +525,14 @@ def newer_scripts(folder: Path, change: str) -> Path:
 class TestFiles:
     def test_a_file_counts_only_until_it_expires(self, database: Database) -> None:
         files = FileStore(database)
-        files.add(StoredFile("file-1", "a.txt", "user_data", 5, 100, 200))
-        assert files.get("file-1", 199.9) == StoredFile("file-1", "a.txt", "user_data", 5, 100, 200)
+        file = StoredFile("file-1", "a.txt", "user_data", 5, 100, 200, (Piece("blob", 5),))
+        files.add(file)
+        assert files.get("file-1", 199.9) == file
         assert files.get("file-1", 200) is None
         assert files.delete("file-1", 200) is None
-        assert files.total_bytes() == 5
-        files.delete_expired(200)
-        assert files.total_bytes() == 0
+        assert files.used_blobs(["blob"]) == {"blob"}
+        assert files.delete_expired(200) == ["blob"]
+        assert files.used_blobs(["blob"]) == set()
 
 
 class TestUsage:

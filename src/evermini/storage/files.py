@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Double, ForeignKey, Index, Select, func, or_, select
+from sqlalchemy import Double, ForeignKey, Index, Select, or_, select
 from sqlalchemy.orm import Mapped, Session, mapped_column, relationship
 
 from evermini.storage.schema import (
@@ -195,11 +195,6 @@ class FileStore(ProjectStore):
                 *session.scalars(select(FileBlobRow.blob).where(FileBlobRow.blob.in_(names))),
                 *session.scalars(select(UploadPartRow.blob).where(UploadPartRow.blob.in_(names))),
             }
-
-    def total_bytes(self) -> int:
-        """Return the length of all files together."""
-        with self._database.reading() as session:
-            return session.scalar(select(func.coalesce(func.sum(FileRow.num_bytes), 0))) or 0
 
     def _find(self, session: Session, file_id: str, now: float) -> FileRow | None:
         return session.scalar(self._there(now).where(FileRow.id == file_id))

@@ -104,7 +104,7 @@ class Addition:
 
 
 class ResponseStore(ProjectStore):
-    """Reads and writes responses. Who changes one has found it before."""
+    """Reads and writes responses. Reading alone asks whose one is: who changes it has found it before."""
 
     def add(
         self,
