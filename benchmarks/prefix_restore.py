@@ -1,91 +1,76 @@
-"""Would prompts be worth keeping on the disk? Keys and values of a prefix: read back, against computed again.
+"""What prompts kept on the disk are worth: time to the first token after a restart, with them and without.
 
     python benchmarks/prefix_restore.py                    # mini, 4,096 tokens, 3 rounds
     python benchmarks/prefix_restore.py --model nano --tokens 2048
 
-Each block of the prefix is one record with a checksum, as a cache would keep it. Timed are computing the prefix in
-chunks as the engine does, writing it (with fsync), and reading it back into memory of its own, from the disk and from
-the system's page cache. What is read back must be what was computed, bit for bit.
+Each round asks one prompt of random words of an engine that has just been started, four times: without the disk; with
+an empty one, which is written meanwhile; with what that wrote, read from the disk itself; and once more from the
+system's page cache. The home folder is a temporary one beside which the weights of the real one are used. The answers
+must be the same, and after a restart all full blocks but the last token's must have been restored.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import statistics
 import tempfile
-import time
-import zlib
-from dataclasses import replace
 from pathlib import Path
 
-import torch
+from evermini import LLM
+from evermini.config import default_home
+from evermini.engine.prompt_store import FOLDER
+from evermini.models.batch import BLOCK_SIZE
 
-from evermini.config import load_settings
-from evermini.models.batch import BLOCK_SIZE, KVCache, Model, whole_prompt
-from evermini.service.loading import load_checkpoint
-
-CHUNK = 512
-_CRC_BYTES = 4
-
-
-def compute(model: Model, ids: torch.Tensor, kv: KVCache) -> float:
-    """Fill the blocks 0, 1, ... with the prefix; return the seconds."""
-    began = time.perf_counter()
-    for start in range(0, len(ids), CHUNK):
-        end = min(len(ids), start + CHUNK)
-        batch = whole_prompt(ids[:end])
-        positions = torch.arange(start, end)
-        model.forward(
-            replace(
-                batch,
-                token_ids=ids[start:end],
-                positions=positions,
-                slots=positions,
-                query_start=torch.tensor([0, end - start], dtype=torch.int32),
-            ),
-            kv,
-        )
-    return time.perf_counter() - began
+_ANSWER_TOKENS = 8
+_PARTS = ("models", "packed", "kernels")
 
 
-def record(kv: KVCache, block: int) -> bytes:
-    """Return a block's keys and values of all layers, and their checksum before them."""
-    body = b"".join(tensor[block].numpy().tobytes() for tensor in (*kv.k, *kv.v))
-    return zlib.crc32(body).to_bytes(_CRC_BYTES, "little") + body
+def prompt_of(llm: LLM, num_tokens: int, seed: int) -> str:
+    """Return words that nobody has asked before, about ``num_tokens`` tokens of them."""
+    draw = random.Random(seed)
+    words = [
+        "river",
+        "stone",
+        "light",
+        "winter",
+        "paper",
+        "garden",
+        "engine",
+        "window",
+        "silver",
+        "morning",
+    ]
+    text = " ".join(f"{draw.choice(words)} {draw.randrange(100)}" for _ in range(num_tokens))
+    share = num_tokens / llm.count_tokens(text)
+    return text[: int(len(text) * share)]
 
 
-def write(kv: KVCache, num_blocks: int, path: Path) -> float:
-    """Write the blocks; return the seconds."""
-    began = time.perf_counter()
-    with path.open("wb") as file:
-        for block in range(num_blocks):
-            file.write(record(kv, block))
-        file.flush()
-        os.fsync(file.fileno())
-    return time.perf_counter() - began
+def ask(options: argparse.Namespace, home: Path, seed: int, disk: str) -> tuple[float, int, str]:
+    """Start an engine and ask; return the seconds to the first token, the cached tokens, and the answer."""
+    with LLM(
+        options.model, home=home, threads=options.threads, recall=False, prompt_disk=disk
+    ) as llm:
+        llm.complete("One, two,", max_tokens=2, temperature=0)  # first use: threads, allocations
+        prompt = prompt_of(llm, options.tokens, seed)
+        with llm.complete(prompt, max_tokens=_ANSWER_TOKENS, temperature=0, stream=True) as stream:
+            for _ in stream:
+                pass
+        assert stream.first_token_seconds is not None
+        cached = stream.usage.cached_tokens
+        expected = (stream.usage.prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+        if cached not in (0, expected):
+            raise SystemExit(f"{cached} tokens were restored, not {expected}")
+        return stream.first_token_seconds, cached, stream.text
 
 
-def restore(kv: KVCache, num_blocks: int, path: Path, *, cold: bool) -> float:
-    """Read the blocks into ``kv``; return the seconds."""
-    tensors = (*kv.k, *kv.v)
-    with path.open("rb") as file:
-        if cold:
+def forget_pages(folder: Path) -> None:
+    """Have the system write the records to the disk and forget them."""
+    os.sync()
+    for path in folder.glob("*/*/*.kv"):
+        with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        began = time.perf_counter()
-        size = path.stat().st_size // num_blocks
-        for block in range(num_blocks):
-            data = bytearray(file.read(size))
-            body = memoryview(data)[_CRC_BYTES:]
-            if zlib.crc32(body) != int.from_bytes(data[:_CRC_BYTES], "little"):
-                raise SystemExit(f"block {block} is damaged")
-            at = 0
-            for tensor in tensors:
-                count = tensor[block].numel()
-                values = torch.frombuffer(body, dtype=kv.dtype, count=count, offset=at)
-                tensor[block] = values.view(tensor[block].shape)
-                at += count * kv.dtype.itemsize
-        return time.perf_counter() - began
 
 
 def main() -> None:
@@ -95,39 +80,38 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int)
     parser.add_argument(
-        "--folder", type=Path, help="where to write; default the system's temporary folder"
+        "--folder", type=Path, help="where to keep prompts; default the system's temporary folder"
     )
     options = parser.parse_args()
-    loaded = load_checkpoint(options.model, load_settings().settings)
-    num_blocks = options.tokens // BLOCK_SIZE
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(
-        0, loaded.model.config.vocab_size, (num_blocks * BLOCK_SIZE,), generator=draw
-    )
-    times: dict[str, list[float]] = {
-        "compute": [],
-        "write": [],
-        "read, cold": [],
-        "read, cached": [],
-    }
+    names = ("computed", "computed and written", "restored, disk", "restored, page cache")
+    times: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        path = Path(folder) / "prefix"
-        for _ in range(options.rounds):
-            fresh, read = (loaded.model.new_kv_cache(num_blocks) for _ in range(2))
-            times["compute"].append(compute(loaded.model, ids, fresh))
-            times["write"].append(write(fresh, num_blocks, path))
-            times["read, cold"].append(restore(read, num_blocks, path, cold=True))
-            times["read, cached"].append(restore(read, num_blocks, path, cold=False))
-            for one, other in zip((*fresh.k, *fresh.v), (*read.k, *read.v), strict=True):
-                if not torch.equal(one, other):
-                    raise SystemExit("what was read is not what was computed")
-        size = path.stat().st_size
+        home = Path(folder)
+        for part in _PARTS:
+            (home / part).symlink_to(default_home() / part)
+        for seed in range(options.rounds):
+            answers = set()
+            for name in names:
+                if name == "restored, disk":
+                    forget_pages(home / FOLDER)
+                seconds, cached, answer = ask(
+                    options, home, seed, "0" if name == "computed" else "8GiB"
+                )
+                if bool(cached) != name.startswith("restored"):
+                    raise SystemExit(f"{name}: {cached} tokens were cached")
+                times[name].append(seconds)
+                answers.add(answer)
+            if len(answers) > 1:
+                raise SystemExit(f"the answers differ: {answers}")
+        sizes = [path.stat().st_size for path in (home / FOLDER).glob("*/*/*.kv")]
     print(
-        f"{options.model}: {len(ids)} tokens, {num_blocks} blocks, {size / 2**20:.1f} MiB, the same bit for bit"
+        f"{options.model}: {options.tokens} tokens, {len(sizes) // options.rounds} blocks, "
+        f"{sum(sizes) / options.rounds / 2**20:.1f} MiB; seconds to the first token"
     )
     for name, seconds in times.items():
-        print(f"  {name:<13}{statistics.median(seconds):9.3f} s  (of {len(seconds)})")
+        print(f"  {name:<21}{statistics.median(seconds):8.3f}  (of {len(seconds)})")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,13 @@ from evermini.models.load import numerics
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("engine/kv.py", "service/image_tokens.py", "service/sight.py", "vision/*.py")
+_SOURCES = (
+    "engine/kv.py",
+    "engine/rows.py",
+    "service/image_tokens.py",
+    "service/sight.py",
+    "vision/*.py",
+)
 """What names blocks, and makes images into values. A change without effect costs one computation of each prompt; one
 that went unnoticed would give wrong answers."""
 
