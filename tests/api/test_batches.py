@@ -193,8 +193,9 @@ class TestBatches:
                 "completion_window": "24h",
                 **changes,
             }
-            with pytest.raises(openai.APIStatusError, match=match):
+            with pytest.raises(openai.APIStatusError, match=match) as caught:
                 client.batches.create(**wanted)  # type: ignore[arg-type]
+            assert caught.value.param == next(iter(changes))
         with pytest.raises(openai.NotFoundError, match="No batch found"):
             client.batches.retrieve("batch_none")
         done = ended(client, submit(client, [chat(1)]))

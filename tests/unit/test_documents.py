@@ -136,6 +136,14 @@ def test_what_cannot_be_read_in_a_folder_is_skipped_with_its_reason():
     assert names("huge.txt", limits=Limits(max_file_bytes=3000)) == ["huge.txt"]
 
 
+def test_a_named_file_that_is_empty_is_skipped_and_an_error_alone():
+    write("ok.txt")
+    Path("empty.py").write_text(" \n")
+    assert collect(["ok.txt", "empty.py"]).skipped == (Skipped("empty.py", "empty"),)
+    with pytest.raises(InvalidRequestError, match=r"No file to read in empty\.py: 1 empty"):
+        collect(["empty.py"])
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SETTINGS = tuple(name for name in MODEL_SETTINGS if name != "prompt_disk")
 
 evaluations = typer.Typer(
-    help="Measure what is found and answered in long texts, against baselines (needs evermini[evals]).",
+    help="Measure what is found and answered in long texts, against baselines (needs the extra evals).",
     no_args_is_help=True,
 )
 

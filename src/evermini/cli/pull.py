@@ -51,7 +51,8 @@ def download_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
     try:
         yield report
     finally:
-        progress.stop()
+        if bars:  # else stopping would print an empty line
+            progress.stop()
 
 
 @with_settings("home", "weights_dir")

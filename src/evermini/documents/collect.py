@@ -111,8 +111,13 @@ class _Collector:
         self.add(read_document(data, STDIN_NAME, read_page=self._read_page))
 
     def add_file(self, path: Path) -> None:
-        if self._is_new(path):
-            self.add(read_file(path, read_page=self._read_page))
+        if not self._is_new(path):
+            return
+        document = read_file(path, read_page=self._read_page)
+        if document.text:
+            self.add(document)
+        else:
+            self._skipped.append(Skipped(document.name, "empty"))
 
     def add_folder(self, argument: str) -> None:
         """Add what a folder or glob holds; what is in it and was named before counts as found."""
@@ -141,6 +146,9 @@ class _Collector:
                 f"{len(self._sizes):,} files with {self._total / 1e6:,.0f} MB are more than a prompt can hold "
                 f"({most / 1e6:,.0f} MB). {advice(self._sizes, 'bytes')}"
             )
+        if self._skipped and not self._documents:
+            names = ", ".join(item.name for item in self._skipped[:3])
+            raise InvalidRequestError(_nothing(names, self._skipped))
         return Collection(tuple(self._documents), tuple(self._skipped))
 
     def _count(self, name: str, size: int) -> None:

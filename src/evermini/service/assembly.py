@@ -149,13 +149,16 @@ class Assembler:
         self._counts: OrderedDict[str, int] = OrderedDict()
         self._counting = threading.Lock()
 
-    def plan(self, request: ChatRequest, *, window: int, limit: int) -> Plan | None:
+    def plan(
+        self, request: ChatRequest, *, window: int, limit: int, counted: int | None = None
+    ) -> Plan | None:
         """Take a prompt apart, or return ``None`` if it fits anyway (and may be read whole) or has no long text.
 
         Args:
             request: The conversation.
             window: Tokens the engine takes, the answer's included.
             limit: Longest prompt that is accepted, in tokens.
+            counted: Tokens of the prompt, if it was tokenised as a whole: the sum of its parts' is another by a few.
 
         Raises:
             ContextLengthError: The prompt is too long, or what must stay whole is.
@@ -175,7 +178,8 @@ class Assembler:
             return None
         pieces = [cut(piece.text, piece.name, known=self._segments.known) for piece in parts.long]
         lengths = [sum(map(self.count, found)) for found in pieces]
-        full = skeleton + sum(lengths)
+        marks = sum(len(self._tokenizer.encode(piece.marks)) for piece in parts.long if piece.marks)
+        full = skeleton + sum(lengths) + marks if counted is None else counted
         if full > limit:
             raise ContextLengthError(
                 f"This model's maximum context length is {limit} tokens. However, your messages "

@@ -55,6 +55,7 @@ class Piece:
         message: Number of the message.
         part: Number of the content part in it.
         name: The document's name, if it is one.
+        marks: The tags around it, if it is one.
         first_char: Where it begins in the part; in a document, 0.
         first_line: The line it begins on, from 1; in a document, 1.
         is_attached: It was read of an image or file, so it asks nothing.
@@ -68,6 +69,7 @@ class Piece:
     first_char: int = 0
     first_line: int = 1
     is_attached: bool = False
+    marks: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ def _split_part(
     at, line = 0, 1
     for name, start, body, end in _documents(text):
         found += _split_plain(text, at, start, line, message, part, False, min_chars)
-        found.append(Piece(body, True, message, part, name))
+        body_at = text.index("\n", start) + 1
+        marks = text[start:body_at] + text[body_at + len(body) : end]
+        found.append(Piece(body, True, message, part, name, marks=marks))
         line += text.count("\n", at, end)
         at = end
     return found + _split_plain(text, at, len(text), line, message, part, is_last, min_chars)

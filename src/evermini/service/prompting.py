@@ -68,7 +68,8 @@ async def make_prompt(
         prompt = await whole_prompt(served, request)
         if len(prompt) + (request.max_output or least_room(window)) <= window:
             return Prompt(prompt)
-    plan = await reader.plan(request, window=window)
+    counted = None if prompt is None else len(prompt)
+    plan = await reader.plan(request, window=window, counted=counted)
     if plan is None:
         return Prompt(await whole_prompt(served, request) if prompt is None else prompt)
     chosen = choose(request.reading, plan, reader.sweep_limit)

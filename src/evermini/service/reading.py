@@ -112,18 +112,23 @@ class LongReader:
         self._slow = ThreadPoolExecutor(1, "evermini-ingest", initializer=step_back)
         self._quick = ThreadPoolExecutor(2, "evermini-recall")
 
-    async def plan(self, request: ChatRequest, *, window: int) -> Plan | None:
+    async def plan(
+        self, request: ChatRequest, *, window: int, counted: int | None = None
+    ) -> Plan | None:
         """Take a prompt apart, or return ``None`` if it fits anyway (and may be read whole) or has no long text.
 
         Args:
             request: The conversation.
             window: Tokens the engine takes, the answer's included.
+            counted: Tokens of the prompt, if it was tokenised as a whole.
 
         Raises:
             ContextLengthError: The prompt is too long, or what must stay whole is.
             EngineStoppedError: The reader was closed.
         """
-        planning = partial(self.assembler.plan, window=window, limit=self.max_prompt_tokens)
+        planning = partial(
+            self.assembler.plan, window=window, limit=self.max_prompt_tokens, counted=counted
+        )
         return await self._in(self._quick, planning, request)
 
     async def read(self, request: ChatRequest, plan: Plan, progress: OnProgress | None) -> Recalled:

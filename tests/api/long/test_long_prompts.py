@@ -242,6 +242,28 @@ def test_models_promise_the_whole_length(nano):
     assert nano.worker.max_model_len == 8192
 
 
+def test_many_short_documents_count_with_their_tags(served):
+    documents = "\n".join(
+        f'<document name="notes/{i}.txt">\nBox {i} holds {i * 37 % 1009} nails.\n</document>'
+        for i in range(60)
+    )
+    content = f"{documents}\n\nHow many nails does box 31 hold?"
+    body = {"model": "nano", "messages": [{"role": "user", "content": content}]}
+    request = parse_chat({**body, "max_completion_tokens": 16})
+    assembler = served.reader.assembler
+    whole = assembler.measure(request, [content])
+
+    def plan(window, counted=None):
+        return assembler.plan(request, window=window, limit=LIMIT, counted=counted)
+
+    # Without the tags it is less than half, and a prompt that does not fit would be sent whole.
+    planned = plan(whole - 200)
+    assert planned is not None
+    assert abs(planned.full_tokens - whole) <= len(planned.pieces)
+    assert plan(2 * whole) is None
+    assert plan(2 * whole, counted=2 * whole).full_tokens == 2 * whole
+
+
 def test_an_end_does_not_wait_for_the_calibration_of_an_unknown_model(nano, tmp_path):
     unknown = "0" * 64
     reader = LongReader(

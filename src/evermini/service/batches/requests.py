@@ -62,7 +62,13 @@ class BatchService:
             NotFoundError: There is no such input file.
             InvalidRequestError: The file is not one for batches, or too large.
         """
-        file = await self._files.get(wanted.input_file_id)
+        try:
+            file = await self._files.get(wanted.input_file_id)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{error.message}. Upload it first (POST /v1/files), with the purpose 'batch'.",
+                param="input_file_id",
+            ) from None
         if file.purpose != "batch":
             raise InvalidRequestError(
                 f"The file {file.id} has the purpose '{file.purpose}'. Upload it again with the purpose 'batch'.",
