@@ -31,6 +31,7 @@ from evermini.recall.calibration import Calibration
 from evermini.recall.definitions import find_definitions
 from evermini.recall.prompt import Span
 from evermini.recall.segment import Segment, TextTokenizer, tokenize
+from evermini.recall.segment_files import IndexedSegment
 from evermini.recall.select import (
     NULL_QUESTION,
     ContextScan,
@@ -42,7 +43,7 @@ from evermini.recall.select import (
     to_spans,
     token_weights,
 )
-from evermini.recall.store import Damage, IndexedSegment, SegmentStore
+from evermini.recall.store import Damage, SegmentStore
 from evermini.recall.words import word_hash, words
 
 logger = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from evermini.recall.calibration import Calibration
 from evermini.recall.definitions import Definition
 from evermini.recall.scan import BLOCK, KeyRun, weighted_mass
 from evermini.recall.segment import Ids, Segment
+from evermini.recall.segment_files import IndexedSegment
 from evermini.recall.sentences import hashes, names, sentences, weight_of
-from evermini.recall.store import IndexedSegment
 from evermini.recall.titles import PageTitles
 from evermini.recall.words import PassageWords, word_hash, words
 
