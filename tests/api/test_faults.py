@@ -202,7 +202,7 @@ def test_the_disk_of_the_index_is_full(
         monkeypatch.setattr(nano.reader, "home", disk)
         monkeypatch.setattr(nano.reader, "_recall", None)
         runtime = Runtime([replace(nano)])
-        long = f"{filler(9000)}\nThe parrot is called Biscuit.\nWhat is the parrot called?"
+        long = f"{filler(3000)}\nThe parrot is called Biscuit.\nWhat is the parrot called?"
         ask: dict[str, Any] = {**CHAT, "messages": [{"role": "user", "content": long}]}
         with served(runtime, Settings(home=tmp_path)) as (_, client, _database):
             in_the_way = fill(disk)
