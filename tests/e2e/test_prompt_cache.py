@@ -46,6 +46,7 @@ def test_prompts_outlive_servers_and_are_shared_by_those_of_one_home(
     tmp_path: Path, nano_path: Path
 ):
     home = new_home(tmp_path / "home")
+    written = "prefix_cache_disk_written_blocks_total"
     servers = [Server(home, "--no-recall") for _ in range(2)]
     with ExitStack() as stack:
         for server in servers:
@@ -53,11 +54,13 @@ def test_prompts_outlive_servers_and_are_shared_by_those_of_one_home(
             server.start()
         one, other = servers
         one.wait()
+        unkept = [{"role": "user", "content": f"Other lines.\n{WORDS}"}]
+        ask(one, messages=unkept, max_tokens=1, extra_body={"prompt_cache_retention": "in_memory"})
+        assert metric(one, written) == 0
         answer, num_tokens, cached = ask(one)
         full = (num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
         assert cached == 0
         assert full > MIN_TOKENS
-        written = "prefix_cache_disk_written_blocks_total"
         wait_for(lambda: metric(one, written) >= full / BLOCK_SIZE)
         assert metric(one, "prefix_cache_disk_bytes") > full * 20_000  # 22.5 KiB a token
         one.kill()

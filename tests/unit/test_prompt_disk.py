@@ -151,10 +151,17 @@ def test_what_an_aborted_request_has_computed_is_kept(tmp_path):
         assert other.ask(PROMPT).prompt.cached_tokens == 512
 
 
-def test_short_prompts_and_batches_are_not_kept(tmp_path):
+def test_what_is_short_scored_of_a_batch_or_not_to_be_kept_is_not_kept(tmp_path):
     with process(tmp_path) as one:
         one.ask(PROMPT[: MIN_TOKENS - 10])
         one.ask(random_prompt(1500), priority=BATCH)
+        for params in (
+            SamplingParams(max_tokens=0, pool=True),
+            SamplingParams(max_tokens=0, prompt_logprobs=1),
+            SamplingParams(max_tokens=2, is_kept=False),
+        ):
+            one.engine.add("only", random_prompt(1200), params)
+            drive(one.engine)
     assert list((tmp_path / FOLDER).glob("*/*/*.kv")) == []
 
 

@@ -444,12 +444,15 @@ class Engine:
     def _offer(self, sequence: Sequence) -> None:
         """Offer the disk the blocks that a request has filled, each once.
 
-        Not those of batches: a batch would push out everything that somebody waits for.
+        Not those of batches, which would push out everything that somebody waits for; nor of prompts that are scored
+        or pooled, for which nothing can be left out when they come again.
         """
         num_full = sequence.num_computed // BLOCK_SIZE
         if (
             self._disk is None
+            or not sequence.params.is_kept
             or sequence.priority > INTERACTIVE
+            or sequence.params.max_tokens == 0
             or len(sequence.token_ids) < MIN_TOKENS
             or sequence.num_saved >= num_full
         ):

@@ -41,6 +41,7 @@ class SamplingParams:
             nothing may follow.
         pool: Return the mean of the prompt's hidden states in `PromptDone`.
         prediction: The output that is expected; right tokens in it save time and change nothing.
+        is_kept: What is computed may be kept on the disk.
     """
 
     max_tokens: int = 16
@@ -57,6 +58,7 @@ class SamplingParams:
     constraint: Constraint | None = None
     pool: bool = False
     prediction: tuple[int, ...] = ()
+    is_kept: bool = True
 
 
 @dataclass(frozen=True)

@@ -296,6 +296,7 @@ async def _start(
                 top_logprobs=request.num_top_logprobs,
                 constraint=constraint,
                 prediction=prediction,
+                is_kept=request.is_kept,
             ),
         )
         for index in range(request.num_choices)

@@ -93,6 +93,7 @@ def sampling_params(
     prompt_logprobs: int | None = None,
     constraint: Constraint | None = None,
     prediction: tuple[int, ...] = (),
+    is_kept: bool = True,
 ) -> SamplingParams:
     """Return the engine's parameters; the contract's defaults are filled in here."""
     temperature = 1.0 if request.temperature is None else request.temperature
@@ -112,4 +113,5 @@ def sampling_params(
         prompt_logprobs=prompt_logprobs,
         constraint=constraint,
         prediction=prediction,
+        is_kept=is_kept,
     )

@@ -291,6 +291,11 @@ class ChatRequest(SamplingRequest):
         return from_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
+    def is_kept(self) -> bool:
+        """Whether what is computed of the prompt may be kept on the disk."""
+        return self.prompt_cache_retention in (None, "24h")
+
+    @property
     def answer_schema(self) -> dict[str, Any] | None:
         """The JSON schema that ``response_format`` holds an answer to."""
         wanted = self.response_format

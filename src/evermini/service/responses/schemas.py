@@ -321,6 +321,7 @@ def chat_request(request: ContextRequest, context: Sequence[Json]) -> ChatReques
             "max_completion_tokens": request.max_output_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
+            "prompt_cache_retention": request.prompt_cache_retention,
         }
         if request.wants_logprobs:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
