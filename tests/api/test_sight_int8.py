@@ -23,7 +23,7 @@ from evermini.text.tokenizer import Tokenizer
 from evermini.vision.tower import TowerInput, VisionTower
 from tests.api.test_sight import OTHER, PHOTO, QUESTION, TALL, Part, Server, asking, written
 from tests.images import encoded, image_part
-from tests.serving import serving, wait_for
+from tests.serving import abandoned, serving, wait_for
 from tests.vlm_checkpoints import picture, save_vlm
 
 pytestmark = pytest.mark.skipif(
@@ -138,17 +138,9 @@ def test_a_client_that_leaves_ends_the_computation(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stuck = Stuck(monkeypatch)
-
-    def leave() -> None:
-        client = server.client.with_options(timeout=1.0, max_retries=0)
-        with pytest.raises(openai.APITimeoutError):
-            client.chat.completions.create(**asking(QUESTION, picture(82)))
-
-    leaving = threading.Thread(target=leave)
-    leaving.start()
-    assert stuck.begun.wait(SECONDS)
+    with abandoned(server.url, asking(QUESTION, picture(82))):
+        assert stuck.begun.wait(SECONDS)
     assert stuck.left.wait(SECONDS)
-    leaving.join()
 
 
 def test_texts_and_known_images_do_not_wait_for_another_image(
