@@ -43,6 +43,7 @@ from evermini.api.middleware import (
     Draining,
     RequestContext,
 )
+from evermini.api.services import Services, of_app
 from evermini.config import Settings
 from evermini.service.access import Access
 from evermini.service.adapters import AdapterStore
@@ -77,8 +78,9 @@ def drain(app: FastAPI) -> None:
 
     What runs goes on: requests, and background responses until the application ends.
     """
-    app.state.readiness.is_draining = True
-    app.state.jobs.drain()
+    mine = of_app(app)
+    mine.readiness.is_draining = True
+    mine.jobs.drain()
 
 
 ROUTERS = tuple(
@@ -164,19 +166,25 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         redirect_slashes=False,
         openapi_url=None,  # routes read their requests themselves: see `description`
     )
-    app.state.runtime = runtime
-    app.state.directory = directory
-    app.state.adapters = adapters
-    app.state.settings = settings
-    app.state.bodies = Bodies(settings.max_request_bytes)
-    app.state.database = database
-    app.state.files = stored
-    app.state.uploads = UploadService(database, stored)
-    app.state.documents = documents
-    app.state.ingests = ingests
-    app.state.batches = BatchService(database, app.state.files)
+    Services(
+        settings=settings,
+        database=database,
+        metrics=runtime.metrics,
+        readiness=readiness,
+        bodies=Bodies(settings.max_request_bytes),
+        directory=directory,
+        documents=documents,
+        responses=service,
+        files=stored,
+        uploads=UploadService(database, stored),
+        ingests=ingests,
+        batches=BatchService(database, stored),
+        fine_tuning=FineTuning(database, stored, adapters, settings),
+        permissions=Permissions(database, adapters),
+        jobs=jobs,
+    ).attach(app)
     worker = BatchWorker(
-        database, app.state.files, batches.executor(app), num_requests=settings.batch_requests
+        database, stored, batches.executor(app), num_requests=settings.batch_requests
     )
     jobs.handle(BATCH_JOB, worker, give_up=worker.give_up, num_slots=NUM_BATCHES)
     jobs.handle(
@@ -186,16 +194,11 @@ def create_app(runtime: Runtime, database: Database, settings: Settings) -> Fast
         num_slots=settings.max_num_seqs,
         finishes=True,
     )
-    app.state.permissions = Permissions(database, adapters)
-    app.state.fine_tuning = FineTuning(database, app.state.files, adapters, settings)
-    tuning = TuningWorker(database, app.state.files, adapters, settings, runtime.metrics.tuning)
+    tuning = TuningWorker(database, stored, adapters, settings, runtime.metrics.tuning)
     # Jobs of conformance fixtures have no real files; those of a shared database are left to servers that can train.
     if not settings.conformance_fixtures and not missing_packages():
         jobs.handle(CHECK_JOB, tuning.check, give_up=tuning.give_up, num_slots=1)
         jobs.handle(TRAINING_JOB, tuning.train, give_up=tuning.give_up, num_slots=1)
-    app.state.jobs = jobs
-    app.state.readiness = readiness
-    app.state.responses = service
     for router in ROUTERS:
         app.include_router(router)
     errors.install(app, ROUTERS)

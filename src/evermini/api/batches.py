@@ -14,11 +14,11 @@ from evermini.api.description import PageOf, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_object, read_cursor
 from evermini.api.middleware import INTERNAL
-from evermini.service.batches.requests import BatchCreate, BatchService, parse_batch
+from evermini.api.services import services
+from evermini.service.batches.requests import BatchCreate, parse_batch
 from evermini.service.batches.shapes import BatchAnswer
 from evermini.service.batches.worker import Execute
 from evermini.service.caller import Caller
-from evermini.service.jobs import JobRunner
 
 router = APIRouter(prefix="/v1/batches")
 
@@ -28,9 +28,8 @@ router = APIRouter(prefix="/v1/batches")
 async def create_batch(request: Request) -> Response:
     """Create a batch."""
     wanted = await read_request(request, parse_batch)
-    batch = await _service(request).create(wanted)
-    jobs: JobRunner = request.app.state.jobs
-    jobs.poke()
+    batch = await services(request).batches.create(wanted)
+    services(request).jobs.poke()
     return JsonResponse(batch.body)
 
 
@@ -39,7 +38,7 @@ async def create_batch(request: Request) -> Response:
 async def list_batches(request: Request) -> Response:
     """List batches, the newest first."""
     cursor = read_cursor(request, order="desc")
-    found = await _service(request).list(cursor)
+    found = await services(request).batches.list(cursor)
     return JsonResponse(page_object(found, cursor, lambda batch: batch.body))
 
 
@@ -47,14 +46,14 @@ async def list_batches(request: Request) -> Response:
 @described(answer=BatchAnswer)
 async def retrieve_batch(request: Request, batch_id: str) -> Response:
     """Return a batch."""
-    return JsonResponse((await _service(request).get(batch_id)).body)
+    return JsonResponse((await services(request).batches.get(batch_id)).body)
 
 
 @router.post("/{batch_id}/cancel")
 @described(answer=BatchAnswer)
 async def cancel_batch(request: Request, batch_id: str) -> Response:
     """Let a batch end early."""
-    return JsonResponse((await _service(request).cancel(batch_id)).body)
+    return JsonResponse((await services(request).batches.cancel(batch_id)).body)
 
 
 def executor(app: ASGIApp) -> Execute:
@@ -77,8 +76,3 @@ def executor(app: ASGIApp) -> Execute:
         return answer.status_code, answer.headers["x-request-id"], from_json(answer.content)
 
     return execute
-
-
-def _service(request: Request) -> BatchService:
-    service: BatchService = request.app.state.batches
-    return service

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from evermini.api.services import services
 from evermini.errors import InvalidRequestError, OverloadedError, UnsupportedMediaTypeError
 from evermini.service.decoding import JsonError, decode_json
 
@@ -40,7 +41,7 @@ async def read_request(request: Request, parse: Callable[[object], RequestT]) ->
             "content encoding. Please try again with the header 'Content-Type: application/json'.",
             code="unsupported_content_type",
         )
-    bodies: Bodies = request.app.state.bodies
+    bodies = services(request).bodies
     async with bodies.reading(request) as body:
 
         def decode() -> RequestT:

@@ -15,10 +15,9 @@ from evermini.api import sse
 from evermini.api.body import read_request
 from evermini.api.description import described
 from evermini.api.progress import ReadingWatch, answer_when_read
+from evermini.api.services import services
 from evermini.service import chat, wire
 from evermini.service.caller import current_caller
-from evermini.service.directory import Directory
-from evermini.service.runtime import Runtime
 from evermini.service.schemas import ChatRequest, parse_chat
 from evermini.service.shapes import ChatAnswer, ChatChunk
 from evermini.storage.chats import ChatStore
@@ -31,22 +30,24 @@ router = APIRouter()
 @described(body=ChatRequest, answer=ChatAnswer, events=ChatChunk)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
-    runtime: Runtime = request.app.state.runtime
     wanted = await read_request(request, parse_chat)
-    directory: Directory = request.app.state.directory
-    served, watch, ticket = await directory.resolve(wanted.model), ReadingWatch(), chat.Ticket()
+    mine = services(request)
+    served, watch, ticket = (
+        await mine.directory.resolve(wanted.model),
+        ReadingWatch(),
+        chat.Ticket(),
+    )
     starting = asyncio.create_task(
         chat.start(
             served,
             wanted,
-            documents=request.app.state.documents,
-            metrics=runtime.metrics,
+            documents=mine.documents,
+            metrics=mine.metrics,
             arrived=request.state.arrived,
             progress=watch.report,
             ticket=ticket,
         )
     )
-    database: Database = request.app.state.database
     return await answer_when_read(
         request,
         starting,
@@ -55,8 +56,8 @@ async def create_chat_completion(request: Request) -> Response:
         chunk=partial(wire.chat_progress_chunk, ticket, served.info)
         if wanted.wants_progress
         else None,
-        events=partial(_events, database=database),
-        whole=partial(_whole, database=database),
+        events=partial(_events, database=mine.database),
+        whole=partial(_whole, database=mine.database),
     )
 
 

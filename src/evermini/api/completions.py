@@ -13,9 +13,8 @@ from evermini.api import sse
 from evermini.api.answer import stream_or_collect
 from evermini.api.body import read_request
 from evermini.api.description import described
+from evermini.api.services import services
 from evermini.service import completions, wire
-from evermini.service.directory import Directory
-from evermini.service.runtime import Runtime
 from evermini.service.schemas import CompletionRequest, parse_completion
 from evermini.service.shapes import TextAnswer
 
@@ -26,13 +25,12 @@ router = APIRouter()
 @described(body=CompletionRequest, answer=TextAnswer, events=TextAnswer)
 async def create_completion(request: Request) -> Response:
     """Continue one or more prompts, at once or as a stream."""
-    runtime: Runtime = request.app.state.runtime
     wanted = await read_request(request, parse_completion)
-    directory: Directory = request.app.state.directory
+    mine = services(request)
     run = await completions.start(
-        await directory.resolve(wanted.model),
+        await mine.directory.resolve(wanted.model),
         wanted,
-        metrics=runtime.metrics,
+        metrics=mine.metrics,
         arrived=request.state.arrived,
     )
     return await stream_or_collect(

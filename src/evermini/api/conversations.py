@@ -14,12 +14,12 @@ from evermini.api.body import read_request
 from evermini.api.description import PageOf, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, no_such_cursor, read_cursor
+from evermini.api.services import services
 from evermini.errors import NotFoundError
 from evermini.service import validation
 from evermini.service.caller import current_caller
 from evermini.service.responses.context import no_conversation
 from evermini.service.responses.items import InputItem, new_id, parse_items
-from evermini.service.responses.service import Responses
 from evermini.service.responses.shapes import ConversationAnswer, Item
 from evermini.service.schemas import Metadata, MetadataUpdate, parse_metadata_update
 from evermini.service.seen import Seen
@@ -144,12 +144,11 @@ def conversation_object(stored: StoredConversation) -> dict[str, Any]:
 
 
 def _stored(request: Request) -> Seen[ConversationStore]:
-    return Seen(request.app.state.database, ConversationStore, no_conversation)
+    return Seen(services(request).database, ConversationStore, no_conversation)
 
 
 async def _resolved(request: Request, items: Sequence[InputItem]) -> list[dict[str, Any]]:
-    responses: Responses = request.app.state.responses
-    return await responses.contexts.resolve(parse_items(items, "items"), "items")
+    return await services(request).responses.contexts.resolve(parse_items(items, "items"), "items")
 
 
 def _no_item(conversation_id: str, item_id: str) -> NotFoundError:

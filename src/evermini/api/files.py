@@ -17,6 +17,7 @@ from evermini.api.description import Media, PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_object, read_cursor
 from evermini.api.multipart import Form, read_form
+from evermini.api.services import services
 from evermini.errors import RangeError
 from evermini.service.file_requests import (
     Purpose,
@@ -27,10 +28,10 @@ from evermini.service.file_requests import (
     parse_upload_complete,
     parse_upload_create,
 )
-from evermini.service.files import MAX_FILE_BYTES, FileService
-from evermini.service.ingests import IngestService, ingest_object
+from evermini.service.files import MAX_FILE_BYTES
+from evermini.service.ingests import ingest_object
 from evermini.service.shapes import Deleted, FileAnswer, UploadAnswer, UploadPartAnswer
-from evermini.service.uploads import MAX_PART_BYTES, UploadService
+from evermini.service.uploads import MAX_PART_BYTES
 from evermini.storage.blobs import BlobWriter
 from evermini.storage.files import StoredFile, StoredUpload
 from evermini.storage.ingests import StoredIngest
@@ -72,9 +73,7 @@ _FILE_LISTING = [
 @described(form=_FILE_FORM, answer=FileAnswer)
 async def create_file(request: Request) -> Response:
     """Store a file."""
-    files = _service(request)
-
-    ingests = _ingests(request)
+    files, ingests = services(request).files, services(request).ingests
 
     async def store(writer: BlobWriter, form: Form) -> tuple[StoredFile, StoredIngest | None]:
         wanted = parse_file_create(form.fields)
@@ -92,8 +91,8 @@ async def create_file(request: Request) -> Response:
 async def list_files(request: Request) -> Response:
     """List files, the newest first."""
     cursor = read_cursor(request, order="desc", limit=MAX_FILES, max_limit=MAX_FILES)
-    found = await _service(request).list(cursor, request.query_params.get("purpose") or None)
-    ingests = await _ingests(request).of([file.id for file in found.rows] if found else [])
+    found = await services(request).files.list(cursor, request.query_params.get("purpose") or None)
+    ingests = await services(request).ingests.of([file.id for file in found.rows] if found else [])
     return JsonResponse(
         page_object(found, cursor, lambda file: file_object(file, ingests.get(file.id)))
     )
@@ -103,16 +102,18 @@ async def list_files(request: Request) -> Response:
 @described(answer=FileAnswer)
 async def retrieve_file(request: Request, file_id: str) -> Response:
     """Return what is known of a file."""
-    file = await _service(request).get(file_id)
-    return JsonResponse(file_object(file, (await _ingests(request).of([file.id])).get(file.id)))
+    file = await services(request).files.get(file_id)
+    return JsonResponse(
+        file_object(file, (await services(request).ingests.of([file.id])).get(file.id))
+    )
 
 
 @router.delete("/v1/files/{file_id}")
 @described(answer=Deleted)
 async def delete_file(request: Request, file_id: str) -> Response:
     """Delete a file, and what was made of it."""
-    await _service(request).delete(file_id)
-    await _ingests(request).follow_deletions()
+    await services(request).files.delete(file_id)
+    await services(request).ingests.follow_deletions()
     return JsonResponse({"id": file_id, "object": "file", "deleted": True})
 
 
@@ -120,7 +121,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
 @described(answer=Media("application/octet-stream"), statuses=(200, 206))
 async def retrieve_file_content(request: Request, file_id: str) -> Response:
     """Return a file's bytes, or a range of them."""
-    files = _service(request)
+    files = services(request).files
     file = await files.get(file_id)
     headers = {
         "accept-ranges": "bytes",
@@ -146,14 +147,14 @@ async def retrieve_file_content(request: Request, file_id: str) -> Response:
 async def create_upload(request: Request) -> Response:
     """Announce a file that comes in parts."""
     wanted = await read_request(request, parse_upload_create)
-    return JsonResponse(upload_object(await _uploads(request).announce(wanted), None))
+    return JsonResponse(upload_object(await services(request).uploads.announce(wanted), None))
 
 
 @router.post("/v1/uploads/{upload_id}/parts")
 @described(form=_PART_FORM, answer=UploadPartAnswer)
 async def create_upload_part(request: Request, upload_id: str) -> Response:
     """Store a part."""
-    uploads = _uploads(request)
+    uploads = services(request).uploads
     await uploads.pending(upload_id)  # refused before its bytes are read
     part = await _receive(
         request, "data", MAX_PART_BYTES, lambda writer, form: uploads.add_part(upload_id, writer)
@@ -173,7 +174,7 @@ async def create_upload_part(request: Request, upload_id: str) -> Response:
 async def complete_upload(request: Request, upload_id: str) -> Response:
     """Make a file of an upload's parts."""
     wanted = await read_request(request, parse_upload_complete)
-    uploads, ingests = _uploads(request), _ingests(request)
+    uploads, ingests = services(request).uploads, services(request).ingests
     model = ingests.check(wanted.ingest, (await uploads.pending(upload_id)).purpose)
     upload, file = await uploads.complete(upload_id, wanted)
     ingest = await ingests.begin(file.id, model) if model else None
@@ -184,7 +185,7 @@ async def complete_upload(request: Request, upload_id: str) -> Response:
 @described(answer=UploadAnswer)
 async def cancel_upload(request: Request, upload_id: str) -> Response:
     """Cancel an upload."""
-    return JsonResponse(upload_object(await _uploads(request).cancel(upload_id), None))
+    return JsonResponse(upload_object(await services(request).uploads.cancel(upload_id), None))
 
 
 def file_object(file: StoredFile, ingest: StoredIngest | None = None) -> dict[str, Any]:
@@ -221,21 +222,6 @@ def upload_object(
     }
 
 
-def _service(request: Request) -> FileService:
-    service: FileService = request.app.state.files
-    return service
-
-
-def _ingests(request: Request) -> IngestService:
-    service: IngestService = request.app.state.ingests
-    return service
-
-
-def _uploads(request: Request) -> UploadService:
-    service: UploadService = request.app.state.uploads
-    return service
-
-
 async def _receive(
     request: Request,
     field: str,
@@ -243,7 +229,7 @@ async def _receive(
     store: Callable[[BlobWriter, Form], Awaitable[T]],
 ) -> T:
     """Store the form's file as a blob and return what ``store`` makes of it; if it cannot, the blob is dropped."""
-    files = _service(request)
+    files = services(request).files
     async with files.incoming() as writer:
         form = await read_form(request, field, partial(files.write, writer, limit=limit))
         return await store(writer, form)

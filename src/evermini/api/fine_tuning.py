@@ -15,6 +15,7 @@ from evermini.api.body import read_request
 from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import list_object, page_object, read_cursor, read_metadata
+from evermini.api.services import services
 from evermini.errors import NotFoundError
 from evermini.service.fine_tuning.schemas import TuningCreate, parse_tuning
 from evermini.service.fine_tuning.service import (
@@ -29,10 +30,8 @@ from evermini.service.fine_tuning.shapes import (
     TuningCheckpointAnswer,
     TuningEventAnswer,
 )
-from evermini.service.jobs import JobRunner
 from evermini.service.permissions import (
     PermissionCreate,
-    Permissions,
     parse_permission,
     permission_object,
 )
@@ -53,9 +52,8 @@ FOLLOW_SECONDS = 0.5
 async def create_fine_tuning_job(request: Request) -> Response:
     """Create a job."""
     wanted = await read_request(request, parse_tuning)
-    tuning = await _service(request).create(wanted)
-    jobs: JobRunner = request.app.state.jobs
-    jobs.poke()
+    tuning = await services(request).fine_tuning.create(wanted)
+    services(request).jobs.poke()
     return JsonResponse(tuning_object(tuning))
 
 
@@ -76,7 +74,7 @@ async def list_fine_tuning_jobs(request: Request) -> Response:
     """List jobs, the newest first; ``metadata[key]=value`` and ``metadata=null`` choose among them."""
     cursor = read_cursor(request, order="desc")
     bare = request.query_params.get("metadata") == "null"
-    found = await _service(request).list(cursor, read_metadata(request), bare=bare)
+    found = await services(request).fine_tuning.list(cursor, read_metadata(request), bare=bare)
     return JsonResponse(page_object(found, cursor, tuning_object))
 
 
@@ -84,30 +82,29 @@ async def list_fine_tuning_jobs(request: Request) -> Response:
 @described(answer=TuningAnswer)
 async def retrieve_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Return a job."""
-    return JsonResponse(tuning_object(await _service(request).get(tuning_id)))
+    return JsonResponse(tuning_object(await services(request).fine_tuning.get(tuning_id)))
 
 
 @router.post("/jobs/{tuning_id}/cancel")
 @described(answer=TuningAnswer)
 async def cancel_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """End a job early."""
-    return JsonResponse(tuning_object(await _service(request).cancel(tuning_id)))
+    return JsonResponse(tuning_object(await services(request).fine_tuning.cancel(tuning_id)))
 
 
 @router.post("/jobs/{tuning_id}/pause")
 @described(answer=TuningAnswer)
 async def pause_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Let a job wait; what is trained is kept."""
-    return JsonResponse(tuning_object(await _service(request).pause(tuning_id)))
+    return JsonResponse(tuning_object(await services(request).fine_tuning.pause(tuning_id)))
 
 
 @router.post("/jobs/{tuning_id}/resume")
 @described(answer=TuningAnswer)
 async def resume_fine_tuning_job(request: Request, tuning_id: str) -> Response:
     """Let a paused job go on."""
-    tuning = await _service(request).resume(tuning_id)
-    jobs: JobRunner = request.app.state.jobs
-    jobs.poke()
+    tuning = await services(request).fine_tuning.resume(tuning_id)
+    services(request).jobs.poke()
     return JsonResponse(tuning_object(tuning))
 
 
@@ -122,7 +119,7 @@ async def resume_fine_tuning_job(request: Request, tuning_id: str) -> Response:
 )
 async def list_fine_tuning_events(request: Request, tuning_id: str) -> Response:
     """List a job's events, the newest first; with ``stream=true`` as they happen, until the job has ended."""
-    service = _service(request)
+    service = services(request).fine_tuning
     if request.query_params.get("stream") == "true":
         await service.get(tuning_id)
         return sse.EventStream(_follow(service, tuning_id), close=lambda: None)
@@ -136,7 +133,7 @@ async def list_fine_tuning_events(request: Request, tuning_id: str) -> Response:
 async def list_fine_tuning_checkpoints(request: Request, tuning_id: str) -> Response:
     """List a job's checkpoints, the newest first."""
     cursor = read_cursor(request, order="desc", limit=10)
-    found = await _service(request).checkpoints(tuning_id, cursor)
+    found = await services(request).fine_tuning.checkpoints(tuning_id, cursor)
     return JsonResponse(page_object(found, cursor, partial(checkpoint_object, tuning_id)))
 
 
@@ -145,7 +142,7 @@ async def list_fine_tuning_checkpoints(request: Request, tuning_id: str) -> Resp
 async def create_checkpoint_permissions(request: Request, model: str) -> Response:
     """Share a fine-tuned model with projects."""
     wanted = await read_request(request, parse_permission)
-    made = await _permissions(request).share(model, wanted.project_ids)
+    made = await services(request).permissions.share(model, wanted.project_ids)
     return JsonResponse(list_object([permission_object(one) for one in made], has_more=False))
 
 
@@ -161,7 +158,7 @@ async def list_checkpoint_permissions(request: Request, model: str) -> Response:
     """List the projects that a fine-tuned model is shared with, the latest first."""
     cursor = read_cursor(request, order="desc", limit=10, words=ORDERS)
     project = request.query_params.get("project_id")
-    found = await _permissions(request).list(model, cursor, project)
+    found = await services(request).permissions.list(model, cursor, project)
     return JsonResponse(page_object(found, cursor, permission_object))
 
 
@@ -171,7 +168,7 @@ async def delete_checkpoint_permission(
     request: Request, model: str, permission_id: str
 ) -> Response:
     """Stop sharing a fine-tuned model with a project."""
-    await _permissions(request).withdraw(model, permission_id)
+    await services(request).permissions.withdraw(model, permission_id)
     return JsonResponse({"id": permission_id, "object": "checkpoint.permission", "deleted": True})
 
 
@@ -206,13 +203,3 @@ async def _follow(service: FineTuning, tuning_id: str) -> AsyncGenerator[bytes, 
             yield sse.DONE
             return
         await asyncio.sleep(FOLLOW_SECONDS)
-
-
-def _permissions(request: Request) -> Permissions:
-    permissions: Permissions = request.app.state.permissions
-    return permissions
-
-
-def _service(request: Request) -> FineTuning:
-    service: FineTuning = request.app.state.fine_tuning
-    return service

@@ -8,8 +8,8 @@ from starlette.responses import Response
 
 from evermini.api.description import described
 from evermini.api.errors import JsonResponse
+from evermini.api.services import services
 from evermini.service import wire
-from evermini.service.directory import Directory
 from evermini.service.shapes import Deleted, ModelAnswer, ModelList
 
 router = APIRouter()
@@ -19,8 +19,7 @@ router = APIRouter()
 @described(answer=ModelList)
 async def list_models(request: Request) -> Response:
     """List the models, each under all of its names."""
-    directory: Directory = request.app.state.directory
-    listed = [wire.model(name, info) for name, info in await directory.list()]
+    listed = [wire.model(name, info) for name, info in await services(request).directory.list()]
     return JsonResponse({"object": "list", "data": listed})
 
 
@@ -28,14 +27,12 @@ async def list_models(request: Request) -> Response:
 @described(answer=ModelAnswer)
 async def retrieve_model(request: Request, name: str) -> Response:
     """Return one model; names may hold slashes."""
-    directory: Directory = request.app.state.directory
-    return JsonResponse(wire.model(name, (await directory.resolve(name)).info))
+    return JsonResponse(wire.model(name, (await services(request).directory.resolve(name)).info))
 
 
 @router.delete("/v1/models/{name:path}")
 @described(answer=Deleted)
 async def delete_model(request: Request, name: str) -> Response:
     """Delete a fine-tuned model, or an alias of one."""
-    directory: Directory = request.app.state.directory
-    await directory.delete(name)
+    await services(request).directory.delete(name)
     return JsonResponse({"id": name, "object": "model", "deleted": True})

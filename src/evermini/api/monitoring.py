@@ -8,9 +8,8 @@ from starlette.responses import Response
 
 from evermini.api.description import Media, described
 from evermini.api.errors import JsonResponse
+from evermini.api.services import services
 from evermini.service.metrics import CONTENT_TYPE
-from evermini.service.readiness import Readiness
-from evermini.service.runtime import Runtime
 
 router = APIRouter()
 
@@ -24,7 +23,7 @@ async def health() -> Response:
 @router.get("/readyz")
 async def ready(request: Request) -> Response:
     """Engines, database and files work, and the server is not about to end; 503 while that is not so."""
-    readiness: Readiness = request.app.state.readiness
+    readiness = services(request).readiness
     checks = await readiness.check()
     states = {name: "ok" if works else "failing" for name, works in checks.items()}
     if readiness.is_draining:
@@ -38,5 +37,5 @@ async def ready(request: Request) -> Response:
 @described(answer=Media("text/plain"))
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    runtime: Runtime = request.app.state.runtime
-    return Response(runtime.metrics.exposition(), headers={"content-type": CONTENT_TYPE})
+    exposition = services(request).metrics.exposition()
+    return Response(exposition, headers={"content-type": CONTENT_TYPE})

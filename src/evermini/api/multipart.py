@@ -9,6 +9,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from evermini.api.services import services
 from evermini.errors import InvalidRequestError, PermissionDeniedError, UnsupportedMediaTypeError
 
 WRITE_BYTES = 1 << 20
@@ -86,7 +87,7 @@ async def read_form(request: Request, file_field: str, sink: Sink) -> Form:
 def _refuse_foreign_pages(request: Request) -> None:
     """A web page may send forms anywhere without asking first, unless it adds a header such as Authorization."""
     origin = request.headers.get("origin")
-    allowed: tuple[str, ...] = request.app.state.settings.cors_origins
+    allowed = services(request).settings.cors_origins
     if (
         origin
         and "authorization" not in request.headers

@@ -17,6 +17,7 @@ from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_of, read_cursor
 from evermini.api.progress import ReadingWatch, answer_when_read
+from evermini.api.services import services
 from evermini.errors import InvalidRequestError, UnsupportedParameterError
 from evermini.service.responses.run import ResponseRun
 from evermini.service.responses.schemas import (
@@ -25,7 +26,6 @@ from evermini.service.responses.schemas import (
     parse_response,
     parse_token_count,
 )
-from evermini.service.responses.service import Responses
 from evermini.service.responses.shapes import Item, ResponseAnswer, ResponseEvent, TokenCount
 from evermini.service.shapes import Deleted
 
@@ -41,7 +41,7 @@ _FOLLOWING = [
 @described(body=ResponseRequest, answer=ResponseAnswer, events=ResponseEvent)
 async def create_response(request: Request) -> Response:
     """Answer, at once, as a stream, or in the background."""
-    responses = _responses(request)
+    responses = services(request).responses
     wanted = await read_request(request, parse_response)
     if wanted.background:
         queued = await responses.submit(wanted)
@@ -67,7 +67,7 @@ async def create_response(request: Request) -> Response:
 async def count_input_tokens(request: Request) -> Response:
     """Return how many tokens a response's input has."""
     wanted = await read_request(request, parse_token_count)
-    count = await sse.unless_disconnected(request, _responses(request).count_tokens(wanted))
+    count = await sse.unless_disconnected(request, services(request).responses.count_tokens(wanted))
     return JsonResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
@@ -84,7 +84,7 @@ async def compact_response(request: Request) -> Response:
 @described(query=_FOLLOWING, answer=ResponseAnswer, events=ResponseEvent)
 async def retrieve_response(request: Request, response_id: str) -> Response:
     """Return a stored response, or stream the events of a background one from any place on."""
-    responses, query = _responses(request), request.query_params
+    responses, query = services(request).responses, request.query_params
     streams = _flag(request, "stream")
     if not streams:
         return JsonResponse((await responses.get(response_id)).body)
@@ -102,7 +102,7 @@ async def retrieve_response(request: Request, response_id: str) -> Response:
 @described(answer=Deleted)
 async def delete_response(request: Request, response_id: str) -> Response:
     """Delete a stored response."""
-    await _responses(request).delete(response_id)
+    await services(request).responses.delete(response_id)
     return JsonResponse({"id": response_id, "object": "response", "deleted": True})
 
 
@@ -110,7 +110,7 @@ async def delete_response(request: Request, response_id: str) -> Response:
 @described(answer=ResponseAnswer)
 async def cancel_response(request: Request, response_id: str) -> Response:
     """End a background response."""
-    return JsonResponse(await _responses(request).cancel(response_id))
+    return JsonResponse(await services(request).responses.cancel(response_id))
 
 
 @router.get("/{response_id}/input_items")
@@ -118,13 +118,8 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 async def list_input_items(request: Request, response_id: str) -> Response:
     """List the items of a response's own input."""
     cursor = read_cursor(request, order="desc")
-    stored = await _responses(request).get(response_id)
+    stored = await services(request).responses.get(response_id)
     return JsonResponse(page_of(stored.items, cursor))
-
-
-def _responses(request: Request) -> Responses:
-    responses: Responses = request.app.state.responses
-    return responses
 
 
 async def _sent(events: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:

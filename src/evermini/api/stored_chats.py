@@ -10,6 +10,7 @@ from evermini.api.body import read_request
 from evermini.api.description import PageOf, Parameter, cursor, described
 from evermini.api.errors import JsonResponse
 from evermini.api.listing import page_object, page_of, read_cursor, read_metadata
+from evermini.api.services import services
 from evermini.errors import NotFoundError
 from evermini.service.schemas import MetadataUpdate, parse_metadata_update
 from evermini.service.seen import Seen
@@ -79,7 +80,7 @@ async def list_chat_messages(request: Request, completion_id: str) -> Response:
 
 
 def _stored(request: Request) -> Seen[ChatStore]:
-    return Seen(request.app.state.database, ChatStore, _not_found)
+    return Seen(services(request).database, ChatStore, _not_found)
 
 
 def _not_found(completion_id: str) -> NotFoundError:

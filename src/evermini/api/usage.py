@@ -13,12 +13,10 @@ from starlette.responses import Response
 
 from evermini.api.description import Parameter, described
 from evermini.api.errors import JsonResponse
+from evermini.api.services import services
 from evermini.errors import InvalidRequestError
-from evermini.service.metering import Meter
 from evermini.service.prices import cost_of
-from evermini.service.runtime import Runtime
 from evermini.service.shapes import UsagePage
-from evermini.storage.database import Database
 from evermini.storage.usage import Filter, Total, UsageStore
 
 router = APIRouter(prefix="/v1/organization")
@@ -106,11 +104,9 @@ async def _answer(
     request: Request, query: _Query, result: Any, *, by_price: bool = False
 ) -> Response:
     """Return a page of stretches, each with one result per group."""
-    runtime: Runtime = request.app.state.runtime
-    meter: Meter | None = runtime.metrics.meter
+    meter, database = services(request).metrics.meter, services(request).database
     assert meter is not None
     await meter.flush()  # what was answered a moment ago counts
-    database: Database = request.app.state.database
     columns = [_COLUMNS[name] for name in query.group_by if name in _COLUMNS]
     needed = dict.fromkeys([*columns, *(("model", "is_batch") if by_price else ())])
     buckets = query.buckets
