@@ -32,11 +32,8 @@ async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, at once or as a stream."""
     wanted = await read_request(request, parse_chat)
     mine = services(request)
-    served, watch, ticket = (
-        await mine.directory.resolve(wanted.model),
-        ReadingWatch(),
-        chat.Ticket(),
-    )
+    served = await mine.directory.resolve(wanted.model)
+    watch, ticket = ReadingWatch(), chat.Ticket()
     starting = asyncio.create_task(
         chat.start(
             served,

@@ -103,9 +103,8 @@ async def list_files(request: Request) -> Response:
 async def retrieve_file(request: Request, file_id: str) -> Response:
     """Return what is known of a file."""
     file = await services(request).files.get(file_id)
-    return JsonResponse(
-        file_object(file, (await services(request).ingests.of([file.id])).get(file.id))
-    )
+    ingests = await services(request).ingests.of([file.id])
+    return JsonResponse(file_object(file, ingests.get(file.id)))
 
 
 @router.delete("/v1/files/{file_id}")
