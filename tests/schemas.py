@@ -13,6 +13,16 @@ def is_valid(schema: Any, value: Any) -> bool:
     return kind(schema, format_checker=kind.FORMAT_CHECKER).is_valid(value)
 
 
+def strict_object(**properties: Any) -> dict[str, Any]:
+    """A schema that strict mode takes: every property is required, and no other is there."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
 NAMES = st.sampled_from(["a", "b", "c"])
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from(["", "a", "b", "ab", "ä"]),

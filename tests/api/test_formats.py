@@ -11,6 +11,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
+from tests.schemas import strict_object
+
 PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -253,15 +255,6 @@ class TestGrammars:
         extra = {"x_evermini": {"regex": "a"}}
         error = refusal(client, as_format(PERSON), extra_body=extra)
         assert error.body["param"] == "x_evermini.regex"
-
-
-def strict_object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
 
 
 class TestRefusals:

@@ -8,15 +8,7 @@ import pytest
 
 from evermini.errors import InvalidRequestError
 from evermini.service import strict
-
-
-def strict_object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
+from tests.schemas import strict_object
 
 
 def problem(schema: dict[str, Any]) -> str:
