@@ -91,6 +91,31 @@ def test_a_home_that_is_no_folder_is_an_error_and_no_traceback(
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize("command", ["keys ls", "tune ls", "tune models", "contexts ls"])
+@pytest.mark.usefixtures("home")
+def test_an_empty_list_says_so(evermini, command):
+    result = evermini(*command.split())
+    assert (result.code, result.out) == (0, "")
+    assert result.err
+
+
+@pytest.mark.usefixtures("home")
+def test_no_name_is_cut_in_the_list_of_models(evermini, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = evermini("models").out
+    for entry in CATALOGUE:
+        assert all(alias in shown for alias in entry.aliases)
+
+
+def test_doctor_names_a_home_that_cannot_be_used(evermini, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("EVERMINI_HOME", str(tmp_path / "file" / "home"))
+    result = evermini("doctor")
+    assert result.code == 1
+    shown = " ".join(result.out.split())
+    assert f"The database's folder {tmp_path}/file/home cannot be made" in shown
+
+
 def test_evaluations_ask_for_their_packages_before_they_begin(evermini, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(

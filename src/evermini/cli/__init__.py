@@ -29,7 +29,7 @@ from evermini.cli.serve import serve
 from evermini.cli.storage import gc
 from evermini.cli.tune import tune
 from evermini.cli.usage import cost, usage
-from evermini.errors import ConfigError, EverminiError
+from evermini.errors import ConfigError, EverminiError, InsufficientStorageError
 
 app = typer.Typer(
     name="evermini",
@@ -84,6 +84,8 @@ def main() -> None:
     """Run the command line; the one place where an error becomes a line and an exit code."""
     try:
         app(prog_name="evermini")
+    except InsufficientStorageError as error:
+        _fail(f"{error} Here that is the disk of the home folder: --home names another.")
     except EverminiError as error:
         _fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
     except OSError as error:

@@ -86,8 +86,13 @@ def ls(loaded: LoadedSettings) -> None:
     from evermini.storage.keys import KeyStore
 
     with Database.open(loaded.settings) as database:
-        for key in KeyStore(database).list():
-            print(_line(key))
+        found = KeyStore(database).list()
+    if not found:
+        typer.echo(
+            "There are no keys in the database. `evermini keys create NAME` makes one.", err=True
+        )
+    for key in found:
+        print(_line(key))
 
 
 @keys.command()

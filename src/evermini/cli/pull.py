@@ -114,7 +114,7 @@ def models(
             f"{entry.native_window:,}",
             here,
         )
-    console = Console()
+    console = Console(width=140)  # names are for copying, so none is cut to the terminal's width
     console.print(table)
     console.print(f"\nkept in {store.root}", soft_wrap=True, highlight=False)
 

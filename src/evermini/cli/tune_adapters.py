@@ -164,6 +164,8 @@ def list_models(
         }
         print(json.dumps(listed))
         return
+    if not adapters and not aliases:
+        typer.echo("There are no fine-tuned models. See `evermini tune --help`.", err=True)
     for adapter in adapters:
         at = datetime.fromtimestamp(adapter.created_at).strftime("%Y-%m-%d %H:%M")
         source = adapter.job_id or "imported"

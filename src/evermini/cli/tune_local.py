@@ -72,6 +72,8 @@ def print_jobs(settings: Settings) -> None:
     with Database.open(settings) as database:
         found = TuningStore(database).list(Cursor(limit=100, order="desc"))
     assert found is not None, "there is no cursor"
+    if not found.rows:
+        print("There are no jobs. See `evermini tune run --help`.", file=sys.stderr)
     for tuning in found.rows:
         body = tuning.body
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(body["created_at"]))

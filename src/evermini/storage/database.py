@@ -183,7 +183,14 @@ def _engine(url: URL) -> Engine:
     }
     if url.drivername == "sqlite":
         assert url.database
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(url.database).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"The database's folder {folder} cannot be made: {error.strerror}. Set EVERMINI_HOME, or database_url, "
+                "to a folder that can be written."
+            ) from error
         engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS}, **options)
         event.listen(engine, "connect", _set_up_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
