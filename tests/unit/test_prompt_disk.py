@@ -357,3 +357,18 @@ def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     assert isinstance(list(worker.submit(PROMPT, greedy(1)))[-1], Finished)
     worker.stop()
     assert "prompt_disk" in caplog.text
+
+
+def test_others_get_their_tokens_while_a_long_prompt_is_read(tmp_path):
+    """At most `MAX_COPIES` blocks before a step, so a stream goes on between them."""
+    prompt = random_prompt(5000)
+    with process(tmp_path) as one:
+        expected = one.ask(prompt).tokens
+    with process(tmp_path) as other:
+        other.engine.add("stream", random_prompt(20), greedy(400))
+        other.engine.add("long", prompt, greedy(4))
+        outcomes = drive(other.engine)
+        assert outcomes["long"].tokens == expected
+        assert outcomes["long"].prompt.cached_tokens == 5000 // BLOCK_SIZE * BLOCK_SIZE
+        assert outcomes["long"].steps[0] >= 5000 // BLOCK_SIZE // prompt_disk.MAX_COPIES
+        assert outcomes["stream"].steps == list(range(400))

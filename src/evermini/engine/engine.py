@@ -22,7 +22,7 @@ from torch import Tensor
 from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.kv import BlockManager, PrefixChain, blocks_for
 from evermini.engine.masks import MaskFiller, MaskTimes, PendingMasks
-from evermini.engine.prompt_disk import MIN_TOKENS, PromptDisk, PromptDiskStats
+from evermini.engine.prompt_disk import MAX_COPIES, MIN_TOKENS, PromptDisk, PromptDiskStats
 from evermini.engine.request import (
     INTERACTIVE,
     Embedded,
@@ -367,14 +367,16 @@ class Engine:
         """Book what has been read from the disk: copy blocks into KV memory and publish them."""
         if self._disk is None:
             return
+        limit = MAX_COPIES
         for sequence in self._scheduler.running:
             if sequence.restore is None:
                 continue
-            rows, is_over = self._disk.take(sequence.restore)
-            if rows is not None:
+            rows, is_over = self._disk.take(sequence.restore, limit)
+            limit -= len(rows)
+            if rows:
                 first = sequence.num_computed // BLOCK_SIZE
                 table = self._blocks.table(sequence.request_id)
-                self._kv.copy_in(table[first : first + len(rows)], rows)
+                self._kv.copy_in(table[first : first + len(rows)], torch.stack(list(rows)))
                 num_tokens = len(rows) * BLOCK_SIZE
                 sequence.num_computed += num_tokens
                 self._blocks.publish(sequence.request_id, sequence.chain.keys[: first + len(rows)])
@@ -435,18 +437,19 @@ class Engine:
             self._blocks.publish(
                 sequence.request_id, sequence.chain.keys[: sequence.num_computed // BLOCK_SIZE]
             )
-            self._offer(sequence)
+            self._offer(chunk)
             if chunk.draft:
                 self._blocks.shrink(sequence.request_id, len(sequence.token_ids))
             if ended is not None:
                 self._finish(sequence, ended, message)
 
-    def _offer(self, sequence: Sequence) -> None:
+    def _offer(self, chunk: Chunk) -> None:
         """Offer the disk the blocks that a request has filled, each once.
 
         Not those of batches, which would push out everything that somebody waits for; nor of prompts that are scored
         or pooled, for which nothing can be left out when they come again.
         """
+        sequence = chunk.sequence
         num_full = sequence.num_computed // BLOCK_SIZE
         if (
             self._disk is None
@@ -462,6 +465,7 @@ class Engine:
             sequence.chain.keys[:num_full],
             sequence.num_saved,
             lambda indexes: self._kv.copy_out([table[index] for index in indexes]),
+            max(MAX_COPIES, blocks_for(chunk.end - chunk.start)),
         )
 
     def _score_prompt(self, chunk: Chunk, logits: Tensor) -> None:

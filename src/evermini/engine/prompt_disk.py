@@ -5,8 +5,8 @@
     threads            writer -> PromptStore                     PromptStore -> reader
 
 *Writing.* Each full block of a prompt that is worth it is offered once it is computed, so a request that is aborted
-has kept what was done of it, and so has a process that is killed. The copy costs the engine about a thousandth of what
-computing took. If the disk is so slow that copies pile up, the rest is offered again after a later step. At a
+has kept what was done of it, and so has a process that is killed. The copy costs the engine less than a hundredth of
+what computing took. If the disk is so slow that copies pile up, the rest is offered again after a later step. At a
 request's end its blocks are marked as used, the last one first: when room is needed, a prompt loses its end before its
 beginning, without which the rest is of no use.
 
@@ -37,6 +37,9 @@ MIN_TOKENS = 1024
 
 MAX_WAITING_BYTES = 64 * 1024**2
 """Copies that wait to be written, and likewise blocks read that wait for a step."""
+
+MAX_COPIES = 32
+"""Blocks that are copied before or after a step, unless it computed more: mini's take 4 to 8 ms, while others wait."""
 
 PATIENCE_SECONDS = 0.5
 """Without a block for so long, a request computes what is missing."""
@@ -132,7 +135,7 @@ class PromptDisk:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def offer(
-        self, keys: Sequence[BlockKey], first: int, copy: Callable[[list[int]], Tensor]
+        self, keys: Sequence[BlockKey], first: int, copy: Callable[[list[int]], Tensor], limit: int
     ) -> int:
         """Keep blocks of a prompt that are not kept yet.
 
@@ -140,9 +143,10 @@ class PromptDisk:
             keys: Of its leading blocks, all of them computed.
             first: Blocks before this one have been offered.
             copy: Returns copies of some of the blocks, as `KVCache.copy_out` does.
+            limit: Blocks that are copied at most.
 
         Returns:
-            ``first`` for the next time: blocks from there on did not fit.
+            ``first`` for the next time: blocks from there on were too many for now.
         """
         fresh: list[int] = []
         end = first
@@ -150,6 +154,7 @@ class PromptDisk:
             if self._store.is_paused:
                 return first
             room = MAX_WAITING_BYTES // self._store.record_bytes - self._num_unwritten
+            room = min(room, limit)
             while end < len(keys):
                 if keys[end] not in self._known:
                     if len(fresh) >= room:
@@ -193,10 +198,10 @@ class PromptDisk:
             self._changed.wait_for(lambda: restore._is_found is not None, LOOKUP_SECONDS)
             return None if restore._is_found is False else restore
 
-    def take(self, restore: Restore) -> tuple[Tensor | None, bool]:
-        """Return the blocks (n, bytes) that have arrived since the last call, and whether they were the last."""
+    def take(self, restore: Restore, limit: int) -> tuple[Sequence[Tensor], bool]:
+        """Return at most ``limit`` blocks that have arrived, (bytes per block,) each, and whether that is all."""
         with self._changed:
-            ready, restore._ready = restore._ready, []
+            ready, restore._ready = restore._ready[:limit], restore._ready[limit:]
             now = time.monotonic()
             if ready:
                 restore._last_news = now
@@ -204,9 +209,9 @@ class PromptDisk:
                 self._changed.notify_all()
             elif self._num_waiting_bytes >= MAX_WAITING_BYTES:
                 restore._last_news = now  # it is not the disk that is slow
-            elif now - restore._last_news > PATIENCE_SECONDS:
+            elif now - restore._last_news > PATIENCE_SECONDS and not restore._ready:
                 self._drop(restore)
-            return torch.stack(ready) if ready else None, restore._is_over
+            return ready, restore._is_over and not restore._ready
 
     def cancel(self, restore: Restore) -> None:
         """Read nothing more of it."""

@@ -117,9 +117,13 @@ class PromptStore:
         path = self._path(key)
         header = bytearray(_HEADER_BYTES)
         try:
-            with path.open("rb", buffering=0) as file:
+            with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                is_whole = size == self._file_bytes and _fill(file.fileno(), header, into)
+                is_whole = (
+                    size == self._file_bytes
+                    and file.readinto(header) == len(header)
+                    and file.readinto(into) == len(into)
+                )
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -279,28 +283,22 @@ class Record:
 def list_records(root: Path) -> Iterator[Record]:
     """Yield the records of all models in ``HOME/prompts``; what killed processes left behind is deleted."""
     forgotten = time.time_ns() - int(_FORGOTTEN_SECONDS * 1e9)
-    for path in root.glob("*/*/*"):
-        try:
-            stat = path.stat()
-        except OSError:  # evicted by another process
-            continue
-        if path.suffix == _SUFFIX:
-            yield Record(path, stat.st_size, stat.st_mtime_ns)
-        elif stat.st_mtime_ns < forgotten:
-            with suppress(OSError):
-                path.unlink()
+    for identity in _entries(root):
+        for group in _entries(identity):
+            for path in _entries(group):
+                with suppress(OSError):  # another process has deleted it
+                    stat = os.stat(path)
+                    if path.endswith(_SUFFIX):
+                        yield Record(Path(path), stat.st_size, stat.st_mtime_ns)
+                    elif stat.st_mtime_ns < forgotten:
+                        os.unlink(path)
 
 
-def _fill(descriptor: int, *rooms: bytearray | memoryview) -> bool:
-    """Read until all ``rooms`` are full; false if the file ends before."""
-    for room in rooms:
-        left = memoryview(room)
-        while left:
-            count = os.readv(descriptor, [left])
-            if count == 0:
-                return False
-            left = left[count:]
-    return True
+def _entries(folder: str | Path) -> list[str]:
+    """Return the paths in a folder; none, if it is no folder (any more)."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return [entry.path for entry in entries]
+    return []
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
