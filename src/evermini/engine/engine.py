@@ -31,6 +31,7 @@ from evermini.engine.request import (
     FinishReason,
     PromptDone,
     SamplingParams,
+    check_request,
 )
 from evermini.engine.rows import batch_of, draws, wanted_rows
 from evermini.engine.sampler import Sampler, prompt_logprobs
@@ -38,10 +39,8 @@ from evermini.engine.scheduler import Chunk, Scheduler
 from evermini.engine.sequence import Sequence
 from evermini.engine.speculation import Drafter
 from evermini.errors import (
-    ContextLengthError,
     EngineError,
     GrammarLimitError,
-    InvalidRequestError,
     OverloadedError,
 )
 from evermini.models.batch import BLOCK_SIZE, Adapter, Model
@@ -175,50 +174,8 @@ class Engine:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
             InvalidRequestError: Another value is out of range.
         """
-        num_prompt, window = len(prompt_ids), self.max_model_len
         vocab_size = self._model.config.vocab_size
-        if num_prompt == 0:
-            raise InvalidRequestError("The prompt is empty. Send at least one token.")
-        if params.max_tokens < 0:
-            raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 0.")
-        if num_prompt + params.max_tokens > window:
-            raise ContextLengthError(
-                f"This model's maximum context length is {window} tokens. However, you requested "
-                f"{num_prompt + params.max_tokens} tokens ({num_prompt} in the messages, {params.max_tokens} in the "
-                "completion). Please reduce the length of the messages or completion.",
-                param="messages",
-            )
-        if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
-            raise InvalidRequestError(
-                f"The prompt has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer."
-            )
-        if len(params.prediction) > window:
-            raise ContextLengthError(
-                f"This model's maximum context length is {window} tokens. However, your prediction resulted in "
-                f"{len(params.prediction)} tokens. Please reduce its length.",
-                param="prediction",
-            )
-        if params.prediction and not (
-            min(params.prediction) >= 0 and max(params.prediction) < vocab_size
-        ):
-            raise InvalidRequestError(
-                f"The prediction has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer.",
-                param="prediction",
-            )
-        for token_id in (*params.logit_bias, *params.stop_token_ids):
-            if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"Token id {token_id} is outside 0..{vocab_size - 1}. Use this model's tokenizer.",
-                    param="logit_bias" if token_id in params.logit_bias else None,
-                )
-        if not params.temperature >= 0.0:
-            raise InvalidRequestError(
-                f"temperature is {params.temperature}; it must be at least 0.", param="temperature"
-            )
-        if not 0.0 < params.top_p <= 1.0:
-            raise InvalidRequestError(
-                f"top_p is {params.top_p}; it must be above 0 and at most 1.", param="top_p"
-            )
+        check_request(prompt_ids, params, window=self.max_model_len, vocab_size=vocab_size)
 
     def add(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from evermini.engine.constraint import Constraint
+from evermini.errors import ContextLengthError, InvalidRequestError
 
 FinishReason = Literal["stop", "length", "abort", "error", "grammar"]
 
@@ -156,3 +157,63 @@ class Finished:
 
 
 Event = PromptDone | TokenOutput | Finished
+
+
+def check_request(
+    prompt_ids: Sequence[int], params: SamplingParams, *, window: int, vocab_size: int
+) -> None:
+    """Refuse what could never be served.
+
+    Args:
+        prompt_ids: The prompt.
+        params: How to generate.
+        window: Tokens that prompt and output may have together.
+        vocab_size: Token ids are below it.
+
+    Raises:
+        ContextLengthError: Prompt and ``max_tokens``, or the prediction, exceed the window.
+        InvalidRequestError: Another value is out of range.
+    """
+    num_prompt = len(prompt_ids)
+    if num_prompt == 0:
+        raise InvalidRequestError("The prompt is empty. Send at least one token.")
+    if params.max_tokens < 0:
+        raise InvalidRequestError(f"max_tokens is {params.max_tokens}; it must be at least 0.")
+    if num_prompt + params.max_tokens > window:
+        raise ContextLengthError(
+            f"This model's maximum context length is {window} tokens. However, you requested "
+            f"{num_prompt + params.max_tokens} tokens ({num_prompt} in the messages, {params.max_tokens} in the "
+            "completion). Please reduce the length of the messages or completion.",
+            param="messages",
+        )
+    if not (min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size):
+        raise InvalidRequestError(
+            f"The prompt has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer."
+        )
+    if len(params.prediction) > window:
+        raise ContextLengthError(
+            f"This model's maximum context length is {window} tokens. However, your prediction resulted in "
+            f"{len(params.prediction)} tokens. Please reduce its length.",
+            param="prediction",
+        )
+    if params.prediction and not (
+        min(params.prediction) >= 0 and max(params.prediction) < vocab_size
+    ):
+        raise InvalidRequestError(
+            f"The prediction has a token id outside 0..{vocab_size - 1}. Use this model's tokenizer.",
+            param="prediction",
+        )
+    for token_id in (*params.logit_bias, *params.stop_token_ids):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(
+                f"Token id {token_id} is outside 0..{vocab_size - 1}. Use this model's tokenizer.",
+                param="logit_bias" if token_id in params.logit_bias else None,
+            )
+    if not params.temperature >= 0.0:
+        raise InvalidRequestError(
+            f"temperature is {params.temperature}; it must be at least 0.", param="temperature"
+        )
+    if not 0.0 < params.top_p <= 1.0:
+        raise InvalidRequestError(
+            f"top_p is {params.top_p}; it must be above 0 and at most 1.", param="top_p"
+        )
