@@ -359,6 +359,21 @@ def test_a_home_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
     assert "prompt_disk" in caplog.text
 
 
+def test_what_was_evicted_is_kept_again_when_it_comes_back(tmp_path):
+    """Two prompts, memory for one of them, and a disk for one and a half."""
+    first, second = random_prompt(1100), random_prompt(1200)
+    store = PromptStore(tmp_path, "tiny", RECORD, 55 * (RECORD + 100))
+    with process(tmp_path, store, num_blocks=42) as one:
+        expected = one.ask(first)
+        for prompt, finds in ((second, False), (first, True), (first, True)):
+            wait_for(lambda: not one.disk._writes)
+            assert (one.ask(prompt).prompt.cached_tokens > 0) == finds
+    with process(tmp_path) as other:
+        again = other.ask(first)
+        assert again.prompt.cached_tokens == 1100 // BLOCK_SIZE * BLOCK_SIZE
+        assert again.tokens == expected.tokens
+
+
 def test_others_get_their_tokens_while_a_long_prompt_is_read(tmp_path):
     """At most `MAX_COPIES` blocks before a step, so a stream goes on between them."""
     prompt = random_prompt(5000)

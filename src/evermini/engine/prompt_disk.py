@@ -241,22 +241,23 @@ class PromptDisk:
             if restore._is_found is None:
                 is_found = self._store.has(key)
                 with self._changed:
-                    self._reading_since = None
                     restore._is_found = is_found
-                    self._end_turn(restore, is_last=not is_found)
+                    self._end_turn(restore, is_there=is_found)
                 continue
             body = np.empty(self._store.record_bytes, np.uint8)
             is_read = self._store.read(key, body.data)
+            if is_read:
+                self._store.touch(
+                    key
+                )  # now, so that what the same request writes does not push it out
             with self._changed:
-                self._reading_since = None
                 if is_read and not restore._is_over:
                     restore._ready.append(torch.from_numpy(body))
                     restore._num_read += 1
                     self._num_waiting_bytes += len(body)
                     self._blocks_read += 1
                     self._know(key, noted=-math.inf)
-                is_last = not is_read or restore._num_read == len(restore._keys)
-                self._end_turn(restore, is_last=is_last)
+                self._end_turn(restore, is_there=is_read)
 
     def _next_read(self) -> Restore | None:
         """Return whose turn it is to have a block looked up or read; waits. ``None``: no more."""
@@ -273,8 +274,14 @@ class PromptDisk:
                         return self._reads.popleft()
                 self._changed.wait()
 
-    def _end_turn(self, restore: Restore, *, is_last: bool) -> None:
-        if is_last:
+    def _end_turn(self, restore: Restore, *, is_there: bool) -> None:
+        """Put the request at the end of the queue, unless it has all that is there."""
+        self._reading_since = None
+        missing = restore._keys[restore._num_read :]
+        if not is_there:
+            for key in missing:  # evicted, by this process or another
+                self._known.pop(key, None)
+        if not is_there or not missing:
             restore._is_over = True
         elif not restore._is_over:
             self._reads.append(restore)
