@@ -114,6 +114,12 @@ def test_doctor_names_a_home_that_cannot_be_used(evermini, tmp_path, monkeypatch
     assert result.code == 1
     shown = " ".join(result.out.split())
     assert f"The database's folder {tmp_path}/file/home cannot be made" in shown
+    lock = tmp_path / "home" / "evermini.db.lock"
+    lock.mkdir(parents=True)  # what cannot be opened for writing, by whomever
+    monkeypatch.setenv("EVERMINI_HOME", str(lock.parent))
+    result = evermini("doctor")
+    assert result.code == 1
+    assert f"The database cannot be opened: {lock}" in " ".join(result.out.split())
 
 
 def test_evaluations_ask_for_their_packages_before_they_begin(evermini, monkeypatch):

@@ -67,8 +67,13 @@ class Database:
         try:
             with _translated():
                 migrate(self._engine)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):  # of its lock, or the copy made before an upgrade
+                raise StorageError(
+                    f"The database cannot be opened: {error.filename}: {error.strerror}. Set EVERMINI_HOME, or "
+                    "database_url, to a folder that can be written."
+                ) from error
             raise
 
     @classmethod
