@@ -81,6 +81,11 @@ class TestErrorShape:
         assert error["message"] == "Invalid URL (POST /v1/foo)"
         assert error["type"] == "invalid_request_error"
 
+    @pytest.mark.parametrize("path", ["chat/completions", "v1/v1/chat/completions"])
+    def test_a_wrong_base_url_gets_a_hint(self, base_url: str, path: str) -> None:
+        error = assert_error(httpx.post(f"{base_url}/{path}", json={}), 404)
+        assert f"Invalid URL (POST /{path}). Did you mean /v1/chat/completions?" in error["message"]
+
     def test_wrong_method(self, base_url: str) -> None:
         response = httpx.get(f"{base_url}/v1/completions")
         error = assert_error(response, 405)

@@ -120,6 +120,14 @@ def _methods(request: Request, routes: Sequence[Route]) -> set[str]:
     return {method for route in exact or found for method in route.methods or ()}
 
 
+def _hint(path: str, routes: Sequence[Route]) -> str:
+    """Return what was probably meant by a path that does not exist."""
+    for meant in (path.rstrip("/"), f"/v1{path.rstrip('/')}", path.replace("/v1/v1/", "/v1/")):
+        if meant != path and any(route.path_regex.match(meant) for route in routes):
+            return f". Did you mean {meant}? The base_url of OpenAI's clients ends in /v1 here."
+    return ""
+
+
 def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     """Answer every error of the routers' routes in OpenAI's shape."""
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
@@ -137,8 +145,9 @@ def install(app: FastAPI, routers: Sequence[APIRouter]) -> None:
                 )
             )
         elif error.status_code == 404:
+            hint = _hint(request.url.path, routes)
             response = error_response(
-                NotFoundError(f"Invalid URL ({request.method} {request.url.path})")
+                NotFoundError(f"Invalid URL ({request.method} {request.url.path}){hint}")
             )
         else:
             response = error_response(error)
