@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +57,12 @@ def checkpoint_of(tier: str) -> Checkpoint:
     return open_checkpoint(pull.ensure(tier, home=home))
 
 
+@cache
+def reference_of(path: Path) -> Any:
+    """Return `transformers`' tokenizer of a file, which takes it seconds to read."""
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def with_objects(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages as `transformers` wants them: arguments decoded."""
     decoded: list[dict[str, Any]] = json.loads(json.dumps(messages))
@@ -86,10 +94,7 @@ def test_prompts_are_the_models_own(
     template = ChatTemplate(Tokenizer(checkpoint.tokenizer))
     body = {"model": tier, "messages": messages, "tools": tools}
     ours = prompt_of(template, {**body, "parallel_tool_calls": False} if tools else body)
-    reference = transformers.AutoTokenizer.from_pretrained(
-        checkpoint.path.parent, gguf_file=checkpoint.path.name
-    )
-    theirs = reference.apply_chat_template(
+    theirs = reference_of(checkpoint.path).apply_chat_template(
         with_objects(messages),
         tools=tools,
         chat_template=checkpoint.tokenizer.chat_template,
