@@ -84,12 +84,17 @@ def ask(served: ServedModel, raw: bytes) -> Stages:
         "excerpts",
         lambda: reader.assembler.excerpts(plan, selection.spans, mark_end=mark_end, hops=hops),
     )
+    written = [reading.text for reading in readings]
     prompt = stages.time(
-        "prompt encoded", lambda: reader.assembler.encode(request, plan.parts, readings)
+        "prompt encoded", lambda: reader.assembler.encode(request, plan.parts, written)
+    )
+    emphasis = stages.time(
+        "emphasis placed",
+        lambda: reader.assembler.emphasis(prompt, readings, reader.policy.emphasis),
     )
 
     def first() -> None:
-        for event in served.worker.submit(prompt, SamplingParams(max_tokens=1)):
+        for event in served.worker.submit(prompt, SamplingParams(max_tokens=1), emphasis=emphasis):
             if isinstance(event, TokenOutput):
                 return
 

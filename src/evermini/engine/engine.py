@@ -26,6 +26,7 @@ from evermini.engine.prompt_disk import MAX_COPIES, MIN_TOKENS, PromptDisk, Prom
 from evermini.engine.request import (
     INTERACTIVE,
     Embedded,
+    Emphasis,
     Event,
     Finished,
     FinishReason,
@@ -187,6 +188,7 @@ class Engine:
         priority: int = INTERACTIVE,
         adapter: LoadedAdapter | None = None,
         embedded: Embedded | None = None,
+        emphasis: Emphasis | None = None,
     ) -> None:
         """Let a request wait for the next steps.
 
@@ -198,6 +200,7 @@ class Engine:
             priority: `INTERACTIVE` or `BATCH`.
             adapter: What to compute it with, on top of the model; with another one no KV memory is shared.
             embedded: The images in the prompt.
+            emphasis: Tokens of the prompt that weigh more.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -223,6 +226,7 @@ class Engine:
                 cache_salt,
                 b"" if adapter is None else adapter.key,
                 () if embedded is None else embedded.runs,
+                emphasis,
             ),
             constraint=None if params.constraint is None else params.constraint.start(),
             drafter=Drafter(token_ids, params.prediction, params.stop_token_ids)
@@ -230,6 +234,7 @@ class Engine:
             else None,
             adapter=adapter,
             embedded=embedded,
+            emphasis=emphasis,
         )
         self._num_added += 1
         self._sequences[request_id] = sequence

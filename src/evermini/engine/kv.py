@@ -10,7 +10,8 @@
 
 A key is the hash of the parent's key and the block's token ids, and the first parent is the adapter's: equal keys mean
 equal token prefixes under the same adapter, and the keys and values of a token depend on nothing else. Where tokens
-stand for an image, the hash of what they stand for goes in, too: the same image is shared, and no other of its size.
+stand for an image, the hash of what they stand for goes in, too: the same image is shared, and no other of its size;
+where tokens are emphasised, by how much.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from evermini.engine.request import EmbeddedRun
+from evermini.engine.request import EmbeddedRun, Emphasis
 from evermini.models.batch import BLOCK_SIZE
 
 Owner = str
@@ -38,13 +39,19 @@ class PrefixChain:
         adapter: Key (at most 64 bytes) of the adapter that they are computed with. Chains that differ in one of the
             two have no key in common.
         runs: What tokens stand for that have no embedding of their own.
+        emphasis: Tokens that weigh more, in what is computed after them.
     """
 
     def __init__(
-        self, salt: bytes = b"", adapter: bytes = b"", runs: Sequence[EmbeddedRun] = ()
+        self,
+        salt: bytes = b"",
+        adapter: bytes = b"",
+        runs: Sequence[EmbeddedRun] = (),
+        emphasis: Emphasis | None = None,
     ) -> None:
         self._parent = blake2b(salt, key=adapter, digest_size=_KEY_BYTES).digest()
         self._runs = runs
+        self._emphasis = emphasis
         self.keys: list[BlockKey] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:
@@ -57,6 +64,10 @@ class PrefixChain:
             for run in self._runs:
                 if run.start < start + BLOCK_SIZE and run.end > start:
                     digest.update(run.key + (run.start - start).to_bytes(8, signed=True))
+            if self._emphasis is not None:
+                bias = self._emphasis.key_bias[start : start + BLOCK_SIZE]
+                if bias.any():
+                    digest.update(b"emphasis" + bias.numpy().tobytes())
             self._parent = digest.digest()
             self.keys.append(self._parent)
 

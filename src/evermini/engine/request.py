@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evermini.engine.constraint import Constraint
 from evermini.errors import ContextLengthError, InvalidRequestError
+from evermini.models.batch import KEY_STEP
 
 FinishReason = Literal["stop", "length", "abort", "error", "grammar"]
 
@@ -111,6 +113,32 @@ class Embedded:
         assert self.axes is not None, "only for models with three axes"
         num_prompt: int = self.axes.shape[1]
         return int(self.axes.max()) + 1 - num_prompt
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """Tokens of a prompt that get more attention than they would by themselves.
+
+    In every layer and head ``bias`` is added to the scores of their keys before the softmax, for all tokens that come
+    after them: against all others they weigh ``exp(bias)`` times as much. Attention steering (PASTA, Zhang et al. 2023;
+    SpotLight, Venkateswaran and Contractor 2025) in its simplest form: no head is chosen, and the strength is fixed.
+
+    Attributes:
+        ranges: First and past-the-end positions, ascending, without overlaps.
+        bias: Nats.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    bias: float
+
+    @cached_property
+    def key_bias(self) -> Tensor:
+        """What is added, by position: (n,) float32, as `ForwardBatch.key_bias` has it."""
+        end = self.ranges[-1][1] if self.ranges else 0
+        values = torch.zeros(-(-end // KEY_STEP) * KEY_STEP)
+        for first, last in self.ranges:
+            values[first:last] = self.bias
+        return values
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def batch_of(chunks: abc.Sequence[Chunk], tables: abc.Sequence[abc.Sequence[int]
         adapters=_adapter_rows(chunks, query_start.tolist()),
         embedded=_embedded_rows(chunks, query_start.tolist()),
         axes=_axes(chunks),
+        key_bias=_key_bias(chunks),
     )
 
 
@@ -124,3 +125,11 @@ def _axes(chunks: abc.Sequence[Chunk]) -> Tensor | None:
         for chunk, embedded in zip(chunks, found, strict=True)
     ]
     return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.int64))
+
+
+def _key_bias(chunks: abc.Sequence[Chunk]) -> tuple[Tensor | None, ...]:
+    """Return what attention adds for each chunk's sequence; empty if it adds nothing at all."""
+    found = [chunk.sequence.emphasis for chunk in chunks]
+    if all(emphasis is None for emphasis in found):
+        return ()
+    return tuple(None if emphasis is None else emphasis.key_bias for emphasis in found)

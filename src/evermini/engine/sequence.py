@@ -10,7 +10,7 @@ from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.constraint import ConstraintState
 from evermini.engine.kv import BlockKey, PrefixChain
 from evermini.engine.prompt_disk import Restore
-from evermini.engine.request import Embedded, SamplingParams, TokenLogprob
+from evermini.engine.request import Embedded, Emphasis, SamplingParams, TokenLogprob
 from evermini.engine.sampler import Sampler
 from evermini.engine.speculation import Drafter
 from evermini.models.batch import BLOCK_SIZE
@@ -37,6 +37,7 @@ class Sequence:
         drafter: Guesses what comes next; ``None``: one token is computed at a time.
         adapter: What it is computed with, on top of the model.
         embedded: The images in the prompt.
+        emphasis: Tokens of the prompt that weigh more.
         is_running: Admitted, so it owns blocks; else it waits.
         num_computed: Tokens whose keys and values are in KV memory.
         cached_tokens: Prompt tokens found in KV memory or on the disk; ``None`` until a first one is computed.
@@ -64,6 +65,7 @@ class Sequence:
     drafter: Drafter | None = None
     adapter: LoadedAdapter | None = None
     embedded: Embedded | None = None
+    emphasis: Emphasis | None = None
     is_running: bool = False
     num_computed: int = 0
     cached_tokens: int | None = None

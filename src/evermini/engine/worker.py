@@ -27,7 +27,14 @@ from typing import Self
 
 from evermini.engine.adapters import LoadedAdapter
 from evermini.engine.engine import Engine, EngineStats, overloaded
-from evermini.engine.request import INTERACTIVE, Embedded, Event, Finished, SamplingParams
+from evermini.engine.request import (
+    INTERACTIVE,
+    Embedded,
+    Emphasis,
+    Event,
+    Finished,
+    SamplingParams,
+)
 from evermini.errors import EngineStoppedError
 from evermini.models.batch import Adapter
 from evermini.models.lora import LoraWeights
@@ -215,6 +222,7 @@ class EngineWorker:
         priority: int = INTERACTIVE,
         adapter: LoadedAdapter | None = None,
         embedded: Embedded | None = None,
+        emphasis: Emphasis | None = None,
     ) -> Submission:
         """Hand a request to the engine. Never waits.
 
@@ -226,6 +234,7 @@ class EngineWorker:
             priority: `INTERACTIVE` or `BATCH`.
             adapter: What to compute it with, on top of the model.
             embedded: The images in the prompt.
+            emphasis: Tokens of the prompt that weigh more.
 
         Raises:
             ContextLengthError: Prompt and ``max_tokens`` exceed `max_model_len`.
@@ -255,6 +264,7 @@ class EngineWorker:
                     priority=priority,
                     adapter=adapter,
                     embedded=embedded,
+                    emphasis=emphasis,
                 )
             )
         return submission

@@ -75,6 +75,7 @@ class Batch(ctypes.Structure):
     _fields_ = (
         ("num_tokens", _I), ("num_seqs", _I), ("max_blocks", _I), ("positions", _P), ("slots", _P),
         ("query_start", _P), ("context_lens", _P), ("block_tables", _P), ("lora", _P),
+        ("bias", ctypes.POINTER(_P)), ("bias_lens", ctypes.POINTER(_I)),
     )  # fmt: skip
 
 

@@ -20,8 +20,22 @@ typedef struct {
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* What is added to the scores of a sequence's keys: a multiple of STEP of them, nothing to those after. */
+typedef struct {
+    const float *values;
+    int64_t len;
+} Bias;
+
+INLINE void add_bias(const float *bias, int64_t rows, float *scores) {
+    f32x16 added[4];
+    UNROLL for (int c = 0; c < 4; c++) added[c] = loadf(bias + c * 16);
+    for (int64_t r = 0; r < rows; r++)
+        UNROLL for (int c = 0; c < 4; c++)
+            storef(scores + r * STEP + c * 16, loadf(scores + r * STEP + c * 16) + added[c]);
+}
+
 /* rows of queries against keys [k0, k1) of one sequence and head. out, max, sum are overwritten. */
-static void attend_split(const Shape *s, const int32_t *blocks, int64_t head, const uint16_t *keys,
+static void attend_split(const Shape *s, const int32_t *blocks, Bias bias, int64_t head, const uint16_t *keys,
                          const uint16_t *values, int64_t rows, const float *q, const int64_t *row_pos,
                          int64_t k0, int64_t k1, float *kbuf, float *vbuf, float *scores, float *lane_sums,
                          float *out, float *max, float *sum) {
@@ -58,6 +72,7 @@ static void attend_split(const Shape *s, const int32_t *blocks, int64_t head, co
             for (int64_t i = 0; i < used; i += 16) storef(vdst + i, half_to_float(v + i));
         }
         all_scores(rows, q, kbuf, d, scores);
+        if (base < bias.len) add_bias(bias.values + base, rows, scores);
         for (int64_t r = 0; r < rows; r++)
             softmax_step(scores + r * STEP, min64(row_pos[r] + 1 - base, num), &max[r], lane_sums + r * 16, out + r * d, d);
         all_values(rows, scores, vbuf, num, d, out);
@@ -114,11 +129,12 @@ static void run_task(const Shape *s, const Batch *b, const Task *t, const float 
     float *kbuf = scores + rows * STEP, *vbuf = kbuf + STEP * d, *lane_sums = vbuf + STEP * d;
     float *max = lane_sums + rows * 16, *sum = max + rows, *part_max = sum + rows, *part_sum = part_max + rows;
     const int32_t *blocks = b->block_tables + t->seq * b->max_blocks;
+    const Bias bias = b->bias && b->bias[t->seq] ? (Bias){b->bias[t->seq], b->bias_lens[t->seq]} : (Bias){NULL, 0};
     gather_queries(s, b, t, qkv, q, row_pos);
     const int64_t limit = row_pos[rows - 1] + 1;
     if (t->split >= 0) {
         float *dst = partial + t->partial;
-        attend_split(s, blocks, t->head, k, v, rows, q, row_pos, (int64_t)t->split * SPLIT,
+        attend_split(s, blocks, bias, t->head, k, v, rows, q, row_pos, (int64_t)t->split * SPLIT,
                      min64(limit, (t->split + 1) * (int64_t)SPLIT), kbuf, vbuf, scores, lane_sums, dst + 2 * rows, dst,
                      dst + rows);
         return;
@@ -126,7 +142,7 @@ static void run_task(const Shape *s, const Batch *b, const Task *t, const float 
     for (int64_t r = 0; r < rows; r++) { max[r] = MASKED; sum[r] = 0; }
     memset(out, 0, rows * d * sizeof(float));
     for (int64_t k0 = 0; k0 < limit; k0 += SPLIT) {
-        attend_split(s, blocks, t->head, k, v, rows, q, row_pos, k0, min64(limit, k0 + SPLIT), kbuf, vbuf, scores,
+        attend_split(s, blocks, bias, t->head, k, v, rows, q, row_pos, k0, min64(limit, k0 + SPLIT), kbuf, vbuf, scores,
                      lane_sums, part, part_max, part_sum);
         for (int64_t r = 0; r < rows; r++) merge(out + r * d, &max[r], &sum[r], part + r * d, part_max[r], part_sum[r], d);
     }

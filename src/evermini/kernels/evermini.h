@@ -74,6 +74,8 @@ typedef struct {
     const int32_t *context_lens; /* (S) */
     const int32_t *block_tables; /* (S, max_blocks) */
     const Lora *lora;            /* NULL: no row has an adapter */
+    const float *const *bias;    /* (S) added to the scores of a sequence's first keys, or NULL; NULL: to none's */
+    const int64_t *bias_lens;    /* (S) how many, a multiple of 64 */
 } Batch;
 
 typedef struct {

@@ -18,6 +18,9 @@ from evermini.models.lora import LoraWeights
 BLOCK_SIZE = 32
 """Tokens per KV block."""
 
+KEY_STEP = 64
+"""Keys that attention looks at in one go."""
+
 HUGE_PAGE = 2 << 20
 
 
@@ -72,6 +75,8 @@ class ForwardBatch:
         embedded: Rows whose token has no embedding of its own.
         axes: (3, T) int64, positions of the rows for RoPE, where the model has three axes and a row needs them;
             ``None``: ``positions`` on all axes.
+        key_bias: Of each sequence, (n,) float32, what is added to the scores of its first n keys (n is a multiple of
+            `KEY_STEP`), in every layer and head, or ``None``; empty: to none's.
     """
 
     token_ids: Tensor
@@ -84,6 +89,7 @@ class ForwardBatch:
     adapters: tuple[AdapterRows, ...] = ()
     embedded: EmbeddedRows | None = None
     axes: Tensor | None = None
+    key_bias: tuple[Tensor | None, ...] = ()
 
     def to(self, device: torch.device) -> ForwardBatch:
         """Return the batch on ``device``."""
@@ -101,6 +107,7 @@ class ForwardBatch:
             self.adapters,
             embedded,
             None if self.axes is None else self.axes.to(device),
+            tuple(None if bias is None else bias.to(device) for bias in self.key_bias),
         )
 
 

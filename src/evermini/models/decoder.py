@@ -321,6 +321,8 @@ def attention(q: Tensor, k_blocks: Tensor, v_blocks: Tensor, batch: ForwardBatch
         v = v_blocks[blocks].permute(1, 0, 2, 3).flatten(1, 2)[:, :length]
         first = length - (end - start)
         mask = torch.ones(end - start, length, dtype=torch.bool, device=q.device).tril(first)
+        if batch.key_bias and (bias := batch.key_bias[s]) is not None:
+            mask = _biased(mask, _fitted(bias, length), q.dtype)
         part = q[start:end].transpose(0, 1)[None]
         attended = F.scaled_dot_product_attention(
             part, k[None], v[None], attn_mask=mask, enable_gqa=True
@@ -346,6 +348,23 @@ def _decode_attention(
         torch.arange(k.shape[2], device=q.device) < torch.tensor(lens, device=q.device)[:, None]
     )
     mask = visible[:, None, None]
+    biases = [batch.key_bias[s] if batch.key_bias else None for s in seqs]
+    if any(bias is not None for bias in biases):
+        rows = [
+            torch.zeros(k.shape[2], device=q.device) if bias is None else _fitted(bias, k.shape[2])
+            for bias in biases
+        ]
+        mask = _biased(mask, torch.stack(rows)[:, None, None], q.dtype)
     return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, enable_gqa=True)[
         :, :, 0
     ]
+
+
+def _fitted(bias: Tensor, length: int) -> Tensor:
+    """Return ``bias`` cut off or continued with zeros to ``length``."""
+    return F.pad(bias[:length], (0, max(0, length - bias.shape[0])))
+
+
+def _biased(visible: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to scores: ``bias`` where ``visible``, elsewhere minus infinity."""
+    return torch.where(visible, bias, float("-inf")).to(dtype)

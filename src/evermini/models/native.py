@@ -245,9 +245,18 @@ class NativeDecoder:
             batch.block_tables,
         ):
             assert tensor.is_contiguous()
+        bias = bias_lens = None
+        if any(values is not None for values in batch.key_bias):
+            count = len(batch.key_bias)
+            bias = (ctypes.c_void_p * count)(
+                *(None if values is None else values.data_ptr() for values in batch.key_bias)
+            )
+            bias_lens = (ctypes.c_int64 * count)(
+                *(0 if values is None else values.shape[0] for values in batch.key_bias)
+            )
         return kernels.Batch(
             batch.token_ids.shape[0], batch.context_lens.shape[0], batch.block_tables.shape[1],
             batch.positions.data_ptr(), batch.slots.data_ptr(), batch.query_start.data_ptr(),
             batch.context_lens.data_ptr(), batch.block_tables.data_ptr(),
-            None if lora is None else ctypes.addressof(lora.struct),
+            None if lora is None else ctypes.addressof(lora.struct), bias, bias_lens,
         )  # fmt: skip

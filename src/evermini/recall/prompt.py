@@ -12,6 +12,9 @@ At the end, the sentences that are closest to the question stand once more:
 [End of the excerpts. Closest to the question:]
 > The harbour master is called Anna.
 
+Sentences closest to the question, and definitions that are pointed out, are also named to attention, which gives them
+more weight (`Excerpts.emphasis`): a small model has the right sentence before it and still follows one beside it.
+
 Nothing is left out in silence: the marks say what is missing, and `Excerpts.left_out` lists spans that were chosen and
 did not fit.
 """
@@ -19,7 +22,7 @@ did not fit.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evermini.recall.definitions import DEFINITION, returned
@@ -28,6 +31,7 @@ from evermini.recall.sentences import hashes, sentences, weight_of
 
 _END = "\n[End of the excerpts]\n\n"
 _CLOSEST = "\n[End of the excerpts. Closest to the question:]\n{sentences}\n\n"
+_QUOTED = re.compile("^> (.+)$", re.MULTILINE)
 _ALIKE = 0.8
 """A sentence is shown once more if it has this share of what the best one has of the question's words, by weight."""
 _LEAST = 0.2
@@ -80,6 +84,7 @@ class Excerpts:
         included: Spans that are in it, in document order.
         left_out: Spans that were chosen but exceed the budget, the best first.
         omitted_chars: Characters of the context that are not in ``text``.
+        emphasis: Ranges of characters in ``text`` that are closest to the question, in order, without overlaps.
     """
 
     text: str
@@ -87,6 +92,7 @@ class Excerpts:
     included: tuple[Span, ...]
     left_out: tuple[Span, ...]
     omitted_chars: int
+    emphasis: tuple[tuple[int, int], ...] = ()
 
 
 def excerpts(
@@ -108,35 +114,43 @@ def excerpts(
         max_tokens: Budget for the result, marks included.
         question: What is asked; the marks give the lines of definitions that it names.
         mark_end: Say where the excerpts end.
-        hops: What is looked for (`evermini.recall.select.Ranking.hops`): with ``mark_end``, sentences that have it are
-            shown once more.
+        hops: What is looked for (`evermini.recall.select.Ranking.hops`): sentences that have it are emphasised
+            and, with ``mark_end``, shown once more.
     """
-    closest = _closest(segments, spans, hops) if mark_end and spans else []
+    closest = _closest(segments, spans, hops) if spans else []
     if mark_end and spans:
         max_tokens -= count_tokens(_closing(segments, closest))
     names = frozenset(re.findall(r"\w+", question))
     ranked = sorted(spans, key=lambda span: -span.score)
     included, left_out = list(ranked), list[Span]()
-    text, omitted = _write(segments, included, len(ranked), names)
-    tokens = count_tokens(text)
+    written = _write(segments, included, len(ranked), names)
+    tokens = count_tokens(written.text)
     if included and tokens > max_tokens:
         included = []
-        text, omitted = _write(segments, (), len(ranked), names)
-        tokens = count_tokens(text)
+        written = _write(segments, (), len(ranked), names)
+        tokens = count_tokens(written.text)
         for span in ranked:
-            candidate, rest = _write(segments, [*included, span], len(ranked), names)
-            length = count_tokens(candidate)
+            candidate = _write(segments, [*included, span], len(ranked), names)
+            length = count_tokens(candidate.text)
             if length <= max_tokens:
                 included.append(span)
-                text, omitted, tokens = candidate, rest, length
+                written, tokens = candidate, length
             else:
                 left_out.append(span)
     included.sort(key=lambda span: (span.segment, span.tokens))
+    text = written.text
+    emphasis = [*written.pointed, *filter(None, map(written.find, closest))]
     if included and mark_end:
-        kept = shown_ranges(segments, included)
-        text += _closing(segments, [p for p in closest if any(_holds(k, p) for k in kept)])
+        closing = _closing(segments, [place for place in closest if written.find(place)])
+        emphasis += [
+            (len(text) + match.start(1), len(text) + match.end(1))
+            for match in _QUOTED.finditer(closing)
+        ]
+        text += closing
         tokens = count_tokens(text)
-    return Excerpts(text, tokens, tuple(included), tuple(left_out), omitted)
+    return Excerpts(
+        text, tokens, tuple(included), tuple(left_out), written.omitted, _joined(emphasis)
+    )
 
 
 def _closest(
@@ -198,8 +212,15 @@ def shown_ranges(segments: Sequence[Segment], spans: Sequence[Span]) -> list[Ran
     return [found for group in _documents(segments) for found in _ranges(segments, group, spans)]
 
 
-def _holds(whole: Range, part: Range) -> bool:
-    return whole[0] == part[0] and whole[1] <= part[1] and part[2] <= whole[2]
+def _joined(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return ranges in order, those that overlap as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if joined and start < joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return tuple(joined)
 
 
 def _on_one_line(sentence: str) -> str:
@@ -207,12 +228,39 @@ def _on_one_line(sentence: str) -> str:
     return sentence if re.search(r"\n\s", sentence) else sentence.replace("\n", " ")
 
 
+@dataclass(frozen=True)
+class _Written:
+    """Excerpts without what stands after them.
+
+    Attributes:
+        text: With their marks.
+        omitted: Characters of the context that are not in it.
+        shown: What it has of the segments, and where each piece begins in it.
+        pointed: Where it points out definitions.
+    """
+
+    text: str
+    omitted: int
+    shown: tuple[tuple[Range, int], ...]
+    pointed: tuple[tuple[int, int], ...]
+
+    def find(self, place: Range) -> tuple[int, int] | None:
+        """Return where a part of a segment stands in the text, without white space around it, if it does."""
+        for (segment, start, end), at in self.shown:
+            if segment == place[0] and start <= place[1] and place[2] <= end:
+                first, last = at + place[1] - start, at + place[2] - start
+                part = self.text[first:last]
+                return last - len(part.lstrip()), first + len(part.rstrip())
+        return None
+
+
 def _write(
     segments: Sequence[Segment], spans: Sequence[Span], num_found: int, names: Collection[str]
-) -> tuple[str, int]:
-    """Return the text and how many characters of the context are not in it."""
+) -> _Written:
     parts: list[str] = []
-    omitted = 0
+    shown: list[tuple[Range, int]] = []
+    pointed: list[tuple[int, int]] = []
+    omitted = length = 0  # length: of what is written, without the head
     for group in _documents(segments):
         total = segments[group[-1]].line_of(len(segments[group[-1]].text))
         ranges = _ranges(segments, group, spans)
@@ -225,22 +273,35 @@ def _write(
             if before > at:
                 omitted += before - at
             lines = segment.line_of(start), segment.line_of(max(start, end - 1))
-            shown = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]}-{lines[1]}"
-            place = f"{label}{_pages(segment, start, end)}{shown} of {total}"
+            numbers = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]}-{lines[1]}"
+            place = f"[{label}{_pages(segment, start, end)}{numbers} of {total}"
             defined = _definitions(segment, start, end, names)
-            parts.append(f"[{place}{defined}]\n{segment.text[start:end].strip(chr(10))}\n")
+            if defined:
+                pointed.append((length + len(place) + 2, length + len(place) + len(defined)))
+            mark = f"{place}{defined}]\n"
+            piece = segment.text[start:end]
+            body = piece.lstrip("\n")
+            newlines = len(piece) - len(body)
+            shown.append(((first, start, end), length + len(mark) - newlines))
+            parts.append(f"{mark}{body.rstrip(chr(10))}\n")
+            length += len(parts[-1]) + 1
             at = before + end - start
-        length = sum(len(segments[i].text) for i in group)
-        omitted += length - at
+        omitted += sum(len(segments[i].text) for i in group) - at
     if parts:
-        head = f"[Excerpts of a longer text, in its order; {omitted:,} characters are left out]\n"
+        head = f"[Excerpts of a longer text, in its order; {omitted:,} characters are left out]\n\n"
     elif num_found:
         head = f"[A text of {omitted:,} characters is left out: none of {num_found} passages found in it fits here]\n"
     else:
         head = (
             f"[A text of {omitted:,} characters is left out: no passage of it was found relevant]\n"
         )
-    return "\n".join([head, *parts]), omitted
+    shift = len(head)
+    return _Written(
+        head + "\n".join(parts),
+        omitted,
+        tuple((place, at + shift) for place, at in shown),
+        tuple((start + shift, end + shift) for start, end in pointed),
+    )
 
 
 def _definitions(segment: Segment, start: int, end: int, names: Collection[str]) -> str:

@@ -58,6 +58,7 @@ class Policy:
         max_hops: Passages that are followed, one from the other, by rare names in the sentence that led there.
         mark_end: Say where the excerpts end: it helps mini not to take the question for a part of the last one, and
             confuses nano.
+        emphasis: How much more attention goes to what is closest to the question, in nats (`Excerpts.emphasis`).
     """
 
     max_tokens: int = 2048
@@ -66,6 +67,7 @@ class Policy:
     follow: float = 0.5
     max_hops: int = 3
     mark_end: bool = True
+    emphasis: float = 1.0
 
 
 SPARING = Policy(max_tokens=1024, falloff=0.4, min_passages=2, mark_end=False)

@@ -2,7 +2,8 @@
 
     plan = assembler.plan(request, window=8192)
     readings, included = assembler.excerpts(plan, selection.spans)
-    prompt = assembler.encode(request, plan.parts, readings)
+    prompt = assembler.encode(request, plan.parts, [reading.text for reading in readings])
+    emphasis = assembler.emphasis(prompt, readings, 1.0)
 
 Computes and tokenises, so it belongs off the event loop; safe to use from several threads.
 """
@@ -10,11 +11,15 @@ Computes and tokenises, so it belongs off the event loop; safe to use from sever
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from functools import partial
+from itertools import accumulate, groupby, pairwise
+from unicodedata import normalize
 
+from evermini.engine.request import Emphasis
 from evermini.errors import ContextLengthError
 from evermini.recall.prompt import Span, excerpts, shown_ranges
 from evermini.recall.segment import Segment, SegmentCache, cut
@@ -50,6 +55,19 @@ class Passage(Place):
 
     score: float
     is_included: bool
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What stands in a long text's place.
+
+    Attributes:
+        text: Excerpts with their marks; empty where the document before has this one's.
+        emphasis: Ranges of characters in it that are closest to the question.
+    """
+
+    text: str = ""
+    emphasis: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -229,6 +247,32 @@ class Assembler:
         """Return the prompt with the long pieces replaced by ``readings``."""
         return encode(self._template, request, texts(request, parts, readings))
 
+    def emphasis(
+        self, prompt: Sequence[int], readings: Sequence[Reading], bias: float
+    ) -> Emphasis | None:
+        """Return which tokens of ``prompt`` are closest to the question; ``None`` if there are none.
+
+        Found by the texts' bytes: a template that does not write a reading as it is (quoted as JSON, say) has none.
+        """
+        if not bias or not any(reading.emphasis for reading in readings):
+            return None
+        pieces = [self._tokenizer.token_bytes(token) for token in prompt]
+        ends, data = list(accumulate(map(len, pieces))), b"".join(pieces)
+        ranges: list[tuple[int, int]] = []
+        at = 0
+        for reading in readings:
+            if (found := _find(data, reading.text, at)) is None:
+                continue
+            at, size = found
+            for first, last in reading.emphasis:
+                start = bisect_right(ends, at + size(reading.text[:first]))
+                end = bisect_left(ends, at + size(reading.text[:last])) + 1
+                if ranges:
+                    start = max(start, ranges[-1][1])
+                if start < end:
+                    ranges.append((start, end))
+        return Emphasis(tuple(ranges), bias) if ranges else None
+
     def measure(self, request: ChatRequest, message_texts: Sequence[str]) -> int:
         """Return the tokens of a prompt with these texts of its messages."""
         return len(encode(self._template, request, message_texts))
@@ -240,7 +284,7 @@ class Assembler:
         *,
         mark_end: bool = False,
         hops: Sequence[Mapping[int, float]] = (),
-    ) -> tuple[list[str], set[Span]]:
+    ) -> tuple[list[Reading], set[Span]]:
         """Return what stands in each long piece's place, and the spans that are in it.
 
         Documents that follow each other in a message share one text, written in the place of the first. Texts with the
@@ -248,7 +292,7 @@ class Assembler:
         ``hops``: and show the sentences once more that have what is looked for.
         """
         groups = plan.groups
-        readings = [""] * len(plan.pieces)
+        readings = [Reading()] * len(plan.pieces)
         firsts = [0]
         for found in plan.pieces:
             firsts.append(firsts[-1] + len(found))
@@ -270,7 +314,7 @@ class Assembler:
                 mark_end=mark_end,
                 hops=hops,
             )
-            readings[groups[number][0]] = result.text
+            readings[groups[number][0]] = Reading(result.text, result.emphasis)
             included |= {own[span] for span in result.included}
             budget -= result.num_tokens
         return readings, included
@@ -308,3 +352,12 @@ def _groups(parts: Parts) -> list[list[int]]:
         [number for number, _ in group]
         for _, group in groupby(enumerate(keys), key=lambda item: item[1])
     ]
+
+
+def _find(data: bytes, text: str, at: int) -> tuple[int, Callable[[str], int]] | None:
+    """Return where a text that begins with no white space stands in a prompt, and what tells its parts' bytes there."""
+    for form in (str, partial(normalize, "NFC")):  # some tokenizers normalise
+        wanted = form(text).rstrip().encode()
+        if wanted and (found := data.find(wanted, at)) >= 0:
+            return found, lambda part, form=form: len(form(part).encode())
+    return None

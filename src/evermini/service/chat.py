@@ -311,6 +311,7 @@ async def _start(
         new_parser=new_parser(request, served.template.tool_format),
         lease=await served.lease_adapter(),
         embedded=prompt.embedded,
+        emphasis=prompt.emphasis,
     )
     generation.start()
     return EngineAnswer(generation, request.toolset, served.tokenizer), read

@@ -18,6 +18,7 @@ from evermini.engine.request import (
     BATCH,
     INTERACTIVE,
     Embedded,
+    Emphasis,
     Finished,
     PromptDone,
     SamplingParams,
@@ -96,6 +97,7 @@ class Generation:
         new_parser: Makes what reads tool calls out of a choice's text; ``None``: all of it is text.
         lease: Of the adapter to run with; released when the generation ends.
         embedded: The images in the prompt, of which there is one then.
+        emphasis: Tokens of the prompt that weigh more, likewise.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Generation:
         new_parser: Callable[[], CallParser] | None = None,
         lease: Lease | None = None,
         embedded: Embedded | None = None,
+        emphasis: Emphasis | None = None,
     ) -> None:
         self.prompts = prompts
         self.prompt_logprobs: dict[int, tuple[TokenLogprob | None, ...]] = {}
@@ -122,7 +125,7 @@ class Generation:
         self._end_ids = end_ids
         self._new_parser = new_parser
         self._lease = lease
-        self._embedded = embedded
+        self._embedded, self._emphasis = embedded, emphasis
         self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._submissions: dict[int, Submission] = {}
@@ -217,6 +220,7 @@ class Generation:
             priority=priority,
             adapter=adapter,
             embedded=self._embedded,
+            emphasis=self._emphasis,
         )
         self._submissions[candidate.index] = submission
         return submission

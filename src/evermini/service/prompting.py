@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from evermini.engine.request import Embedded
+from evermini.engine.request import Embedded, Emphasis
 from evermini.errors import ContextLengthError, UnsupportedParameterError
 from evermini.service import tracing
 from evermini.service.assembly import least_room
@@ -35,11 +35,13 @@ class Prompt:
         token_ids: The prompt.
         read: How it was made, if it is not all that was sent.
         embedded: The images in it.
+        emphasis: Tokens of it that weigh more.
     """
 
     token_ids: Sequence[int]
     read: Recalled | Swept | None = None
     embedded: Embedded | None = None
+    emphasis: Emphasis | None = None
 
 
 async def make_prompt(
@@ -84,7 +86,7 @@ async def make_prompt(
             span.set_attribute("evermini.prompt_tokens", recalled.full_tokens)
             span.set_attribute("evermini.read_tokens", len(recalled.prompt))
             span.set_attribute("gen_ai.usage.cached_tokens", recalled.cached_tokens)
-    return Prompt(recalled.prompt, replace(recalled, note=chosen.note))
+    return Prompt(recalled.prompt, replace(recalled, note=chosen.note), emphasis=recalled.emphasis)
 
 
 async def _prompt_with_images(served: ServedModel, request: ChatRequest) -> Prompt:

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from evermini.engine.request import Emphasis
 from evermini.errors import EngineStoppedError
 from evermini.recall.calibration import find_calibration
 from evermini.recall.load import Indexer
@@ -48,6 +49,7 @@ class Recalled:
 
     Attributes:
         prompt: What the engine computes.
+        emphasis: Tokens of it that are closest to the question.
         texts: The same before the chat template, by message.
         full_tokens: Tokens that were sent.
         cached_tokens: Those of them that had been ingested before.
@@ -60,6 +62,7 @@ class Recalled:
     """
 
     prompt: Sequence[int]
+    emphasis: Emphasis | None
     texts: Sequence[str]
     full_tokens: int
     cached_tokens: int
@@ -234,9 +237,12 @@ class LongReader:
         readings, included = self.assembler.excerpts(
             plan, selection.spans, mark_end=policy.mark_end, hops=selection.hops
         )
+        written = [reading.text for reading in readings]
+        prompt = self.assembler.encode(request, plan.parts, written)
         return Recalled(
-            prompt=self.assembler.encode(request, plan.parts, readings),
-            texts=texts(request, plan.parts, readings),
+            prompt=prompt,
+            emphasis=self.assembler.emphasis(prompt, readings, policy.emphasis),
+            texts=texts(request, plan.parts, written),
             full_tokens=plan.full_tokens,
             cached_tokens=0,
             question=plan.query,
