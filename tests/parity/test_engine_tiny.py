@@ -11,7 +11,7 @@ import random
 import pytest
 
 from evermini.engine.engine import Engine
-from evermini.engine.request import PromptDone, SamplingParams
+from evermini.engine.request import Emphasis, PromptDone, SamplingParams
 from tests.fakes import (
     Outcome,
     TinyModel,
@@ -116,6 +116,26 @@ def test_a_conversation_reuses_its_answers_too():
         # The last drawn token of a turn is not computed in that turn.
         assert outcome.prompt.cached_tokens == (0 if turn == 0 else (len(prompt) - 6) // 32 * 32)
         prompt = prompt + outcome.tokens + random_prompt(5, turn)
+
+
+def test_emphasis_is_a_part_of_the_prefix():
+    """Blocks are shared up to the first one whose keys weigh otherwise, and results are those of a fresh engine."""
+    prompt, engine = random_prompt(257), make_engine()
+    ways = {
+        "none": None,
+        "early": Emphasis(((40, 50, 1.0),)),
+        "late": Emphasis(((200, 203, 1.0),)),
+        "more": Emphasis(((200, 203, 2.0),)),
+    }
+    for name, emphasis in ways.items():
+        engine.add(name, prompt, greedy(), emphasis=emphasis)
+        cached = drive(engine)[name]
+        assert cached.prompt.cached_tokens == {"none": 0, "early": 32}.get(name, 192)
+        engine.add("again", prompt, greedy(), emphasis=emphasis)
+        assert drive(engine)["again"].prompt.cached_tokens == 256
+        fresh = make_engine(max_batch_tokens=33)
+        fresh.add(name, prompt, greedy(), emphasis=emphasis)
+        assert drive(fresh)[name].tokens == cached.tokens
 
 
 def test_prefixes_that_differ_late_share_only_what_is_equal():

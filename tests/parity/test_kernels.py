@@ -5,12 +5,17 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from evermini import kernels
+from evermini.engine.request import Emphasis
+from evermini.models.batch import Model
 from evermini.models.checkpoint import open_checkpoint
 from evermini.models.decoder import Decoder
 from evermini.models.load import load_model
@@ -122,6 +127,39 @@ def test_attention_follows_the_oracle_over_splits(nano_path: Path, nano: NativeD
     actual = nano.forward(batch, nano.new_kv_cache(47))[0].log_softmax(-1)
     divergence = (expected.exp() * (expected - actual)).sum().item()
     assert 0 <= divergence < 0.05
+
+
+EMPHASIS = Emphasis(((3, 40, 4.0), (64, 65, 6.0), (1100, 1130, 5.0)))
+
+
+def emphasised(
+    model: Model, cuts: Sequence[int], emphasis: Emphasis | None, *, within: float = 0.0
+) -> torch.Tensor:
+    """Return the log-probabilities after `IDS`, computed in pieces up to each of ``cuts``, beside another request."""
+    other, kv = IDS[700:740], model.new_kv_cache(49)
+    logits = torch.empty(0)
+    for start, end in pairwise((0, *cuts)):
+        chunks = [(IDS[start:end], start, list(range(47)))]
+        if start:
+            chunks.append((other, 0, [47, 48]))
+        bias = None if emphasis is None else emphasis.key_bias
+        batch = replace(make_batch(chunks), key_bias=(bias, None)[: len(chunks)])
+        logits = model.forward(batch, kv)
+    alone = model.forward(make_batch([(other, 0, [47, 48])]), kv)[0]
+    torch.testing.assert_close(logits[1], alone, rtol=0, atol=within)
+    return logits[0].log_softmax(-1)
+
+
+def test_emphasis_is_added_to_the_scores_of_its_keys(nano_path: Path, nano: NativeDecoder) -> None:
+    """In chunks and in single steps the same bit for bit, and what the float32 oracle computes with a mask."""
+    plain, actual = (emphasised(nano, [1200, 1500], e) for e in (None, EMPHASIS))
+    for cuts in ([1, 1110, 1500], [1499, 1500]):
+        assert torch.equal(emphasised(nano, cuts, EMPHASIS), actual)
+    oracle = Decoder(open_checkpoint(nano_path))
+    for cuts in ([1200, 1500], [1499, 1500]):
+        expected = emphasised(oracle, cuts, EMPHASIS, within=1e-3)
+        near, far = ((expected.exp() * (expected - got)).sum() for got in (actual, plain))
+        assert 0 <= near < far / 10, (near, far)
 
 
 def test_without_kernels_the_same_integers_run_on_pytorch(nano_path: Path) -> None:

@@ -88,6 +88,23 @@ def test_the_sentence_with_the_questions_words_stands_once_more_at_the_end():
     )
 
 
+@pytest.mark.parametrize("mark_end", [True, False])
+def test_what_is_closest_is_emphasised_where_it_stands_and_at_the_end(mark_end):
+    text = "\n\n" + MILL.replace("Orsova is", "Orsova\nis")
+    segment = Segment(text + "\ndef bake(bread):\n    return bread + 1\n", "mill.txt")
+    span = Span(0, None, (0, 1), (0, len(segment.text)), (1, 9), 1.0, 1)
+    hops = [dict.fromkeys(hashes("baker Orsova", least=3), 1.0)]
+    result = excerpts(
+        [segment], [span], len, 10_000, "Does bake ask Orsova?", mark_end=mark_end, hops=hops
+    )
+    assert [result.text[start:end] for start, end in result.emphasis] == [
+        "def bake is defined in mill.txt on line 8 and returns bread + 1",
+        "The baker of Orsova\nis called Ilona Fekete.",
+        *["The baker of Orsova is called Ilona Fekete."] * mark_end,
+    ]
+    assert result.closeness == 1
+
+
 def test_so_does_the_one_that_it_leads_to():
     assert shown("baker Orsova", "bees roof").splitlines()[2:4] == [
         "> The baker of Orsova is called Ilona Fekete.",

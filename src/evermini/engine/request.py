@@ -119,25 +119,23 @@ class Embedded:
 class Emphasis:
     """Tokens of a prompt that get more attention than they would by themselves.
 
-    In every layer and head ``bias`` is added to the scores of their keys before the softmax, for all tokens that come
+    In every layer and head a bias is added to the scores of their keys before the softmax, for all tokens that come
     after them: against all others they weigh ``exp(bias)`` times as much. Attention steering (PASTA, Zhang et al. 2023;
     SpotLight, Venkateswaran and Contractor 2025) in its simplest form: no head is chosen, and the strength is fixed.
 
     Attributes:
-        ranges: First and past-the-end positions, ascending, without overlaps.
-        bias: Nats.
+        ranges: First and past-the-end position, and the bias in nats; ascending, without overlaps.
     """
 
-    ranges: tuple[tuple[int, int], ...]
-    bias: float
+    ranges: tuple[tuple[int, int, float], ...]
 
     @cached_property
     def key_bias(self) -> Tensor:
         """What is added, by position: (n,) float32, as `ForwardBatch.key_bias` has it."""
         end = self.ranges[-1][1] if self.ranges else 0
         values = torch.zeros(-(-end // KEY_STEP) * KEY_STEP)
-        for first, last in self.ranges:
-            values[first:last] = self.bias
+        for first, last, bias in self.ranges:
+            values[first:last] = bias
         return values
 
 

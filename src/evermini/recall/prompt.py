@@ -85,6 +85,7 @@ class Excerpts:
         left_out: Spans that were chosen but exceed the budget, the best first.
         omitted_chars: Characters of the context that are not in ``text``.
         emphasis: Ranges of characters in ``text`` that are closest to the question, in order, without overlaps.
+        closeness: How close: the share of the question's words, by weight, that the closest sentence has.
     """
 
     text: str
@@ -93,6 +94,7 @@ class Excerpts:
     left_out: tuple[Span, ...]
     omitted_chars: int
     emphasis: tuple[tuple[int, int], ...] = ()
+    closeness: float = 0.0
 
 
 def excerpts(
@@ -117,7 +119,7 @@ def excerpts(
         hops: What is looked for (`evermini.recall.select.Ranking.hops`): sentences that have it are emphasised
             and, with ``mark_end``, shown once more.
     """
-    closest = _closest(segments, spans, hops) if spans else []
+    closest, closeness = _closest(segments, spans, hops)
     if mark_end and spans:
         max_tokens -= count_tokens(_closing(segments, closest))
     names = frozenset(re.findall(r"\w+", question))
@@ -149,14 +151,23 @@ def excerpts(
         text += closing
         tokens = count_tokens(text)
     return Excerpts(
-        text, tokens, tuple(included), tuple(left_out), written.omitted, _joined(emphasis)
+        text,
+        tokens,
+        tuple(included),
+        tuple(left_out),
+        written.omitted,
+        _joined(emphasis),
+        closeness,
     )
 
 
 def _closest(
     segments: Sequence[Segment], spans: Sequence[Span], hops: Sequence[Mapping[int, float]]
-) -> list[Range]:
-    """Return the sentences of the spans that are closest to the question, in order, then those they lead to."""
+) -> tuple[list[Range], float]:
+    """Return the sentences of the spans that are closest to the question, in order, then those they lead to.
+
+    With them the share of the question's words, by weight, that the closest one has.
+    """
     texts = {
         (number, start + first, start + last): segments[number].text[start + first : start + last]
         for number, start, end in shown_ranges(segments, spans)
@@ -164,11 +175,12 @@ def _closest(
         if last - first <= _MAX_SENTENCE
     }
     if not hops or not texts:
-        return []
+        return [], 0.0
     asked, *links = hops
     weights = {place: weight_of(text, asked) for place, text in texts.items()}
-    if max(weights.values()) < max(_LEAST * sum(asked.values()), 1e-9):
-        return []
+    closeness = max(weights.values()) / max(sum(asked.values()), 1e-9)
+    if closeness < _LEAST:
+        return [], 0.0
     # Of two with the same words, the longer one says less about them.
     weights = {place: w / (1 + len(texts[place]) / _LONG_SENTENCE) for place, w in weights.items()}
     alike = sorted(texts, key=lambda place: -weights[place])[:_MOST_SENTENCES]
@@ -186,7 +198,7 @@ def _closest(
     if linked:  # what is as close as the best one, but speaks of something else than where it leads, is a look-alike
         names = set().union(*links)
         alike = [place for place in alike if place == alike[0] or names & hashes(texts[place])]
-    return list(dict.fromkeys([*sorted(alike), *linked]))
+    return list(dict.fromkeys([*sorted(alike), *linked])), closeness
 
 
 def _adds(sentence: str, wanted: Mapping[int, float], missing: Mapping[int, float]) -> bool:

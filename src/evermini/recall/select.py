@@ -58,7 +58,8 @@ class Policy:
         max_hops: Passages that are followed, one from the other, by rare names in the sentence that led there.
         mark_end: Say where the excerpts end: it helps mini not to take the question for a part of the last one, and
             confuses nano.
-        emphasis: How much more attention goes to what is closest to the question, in nats (`Excerpts.emphasis`).
+        emphasis: How much more attention goes to what is closest to the question (`Excerpts.emphasis`): nats for a
+            sentence with all of its words.
     """
 
     max_tokens: int = 2048

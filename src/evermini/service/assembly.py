@@ -3,7 +3,7 @@
     plan = assembler.plan(request, window=8192)
     readings, included = assembler.excerpts(plan, selection.spans)
     prompt = assembler.encode(request, plan.parts, [reading.text for reading in readings])
-    emphasis = assembler.emphasis(prompt, readings, 1.0)
+    emphasis = assembler.emphasis(prompt, readings, bias=1.0)
 
 Computes and tokenises, so it belongs off the event loop; safe to use from several threads.
 """
@@ -64,10 +64,12 @@ class Reading:
     Attributes:
         text: Excerpts with their marks; empty where the document before has this one's.
         emphasis: Ranges of characters in it that are closest to the question.
+        closeness: How close, from 0 to 1.
     """
 
     text: str = ""
     emphasis: tuple[tuple[int, int], ...] = ()
+    closeness: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -250,18 +252,18 @@ class Assembler:
     def emphasis(
         self, prompt: Sequence[int], readings: Sequence[Reading], bias: float
     ) -> Emphasis | None:
-        """Return which tokens of ``prompt`` are closest to the question; ``None`` if there are none.
+        """Return which tokens of ``prompt`` are closest to the question, with up to ``bias`` nats; ``None``: none are.
 
-        Found by the texts' bytes: a template that does not write a reading as it is (quoted as JSON, say) has none.
+        The closer, the more: what has but a part of the question must not keep the model from reading the rest. Found
+        by the texts' bytes: a template that does not write a reading as it is (quoted as JSON, say) has none.
         """
-        if not bias or not any(reading.emphasis for reading in readings):
-            return None
         pieces = [self._tokenizer.token_bytes(token) for token in prompt]
         ends, data = list(accumulate(map(len, pieces))), b"".join(pieces)
-        ranges: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int, float]] = []
         at = 0
         for reading in readings:
-            if (found := _find(data, reading.text, at)) is None:
+            strength = bias * reading.closeness
+            if not strength or (found := _find(data, reading.text, at)) is None:
                 continue
             at, size = found
             for first, last in reading.emphasis:
@@ -270,8 +272,8 @@ class Assembler:
                 if ranges:
                     start = max(start, ranges[-1][1])
                 if start < end:
-                    ranges.append((start, end))
-        return Emphasis(tuple(ranges), bias) if ranges else None
+                    ranges.append((start, end, strength))
+        return Emphasis(tuple(ranges)) if ranges else None
 
     def measure(self, request: ChatRequest, message_texts: Sequence[str]) -> int:
         """Return the tokens of a prompt with these texts of its messages."""
@@ -314,7 +316,7 @@ class Assembler:
                 mark_end=mark_end,
                 hops=hops,
             )
-            readings[groups[number][0]] = Reading(result.text, result.emphasis)
+            readings[groups[number][0]] = Reading(result.text, result.emphasis, result.closeness)
             included |= {own[span] for span in result.included}
             budget -= result.num_tokens
         return readings, included
