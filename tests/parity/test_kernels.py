@@ -151,15 +151,32 @@ def emphasised(
 
 
 def test_emphasis_is_added_to_the_scores_of_its_keys(nano_path: Path, nano: NativeDecoder) -> None:
-    """In chunks and in single steps the same bit for bit, and what the float32 oracle computes with a mask."""
+    """In chunks and in single steps the same bit for bit, and what the oracle computes with a mask."""
     plain, actual = (emphasised(nano, [1200, 1500], e) for e in (None, EMPHASIS))
     for cuts in ([1, 1110, 1500], [1499, 1500]):
         assert torch.equal(emphasised(nano, cuts, EMPHASIS), actual)
+    oracle = Decoder(open_checkpoint(nano_path), bits=8)
+    expected = emphasised(oracle, [1200, 1500], EMPHASIS, within=1e-3)
+    near, far = ((expected.exp() * (expected - got)).sum() for got in (actual, plain))
+    assert 0 <= near < far / 10, (near, far)
+
+
+def test_the_oracle_decodes_several_with_the_emphasis_of_one(nano_path: Path) -> None:
     oracle = Decoder(open_checkpoint(nano_path))
-    for cuts in ([1200, 1500], [1499, 1500]):
-        expected = emphasised(oracle, cuts, EMPHASIS, within=1e-3)
-        near, far = ((expected.exp() * (expected - got)).sum() for got in (actual, plain))
-        assert 0 <= near < far / 10, (near, far)
+    first, second, blocks = IDS[:100], IDS[200:240], ([0, 1, 2, 3], [4, 5])
+    bias = Emphasis(((3, 40, 4.0),)).key_bias
+
+    def forward(start: int, *parts: list[int]) -> torch.Tensor:
+        chunks = [(p[start:], start % len(p), b) for p, b in zip(parts, blocks, strict=False)]
+        return oracle.forward(replace(make_batch(chunks), key_bias=(bias, None)[: len(parts)]), kv)
+
+    kv = oracle.new_kv_cache(6)
+    whole = forward(0, first, second)
+    kv = oracle.new_kv_cache(6)
+    forward(0, first[:-1], second[:-1])
+    torch.testing.assert_close(forward(-1, first, second), whole, rtol=0, atol=1e-3)
+    plain = oracle.forward(make_batch([(first, 0, blocks[0])]), oracle.new_kv_cache(4))[0]
+    assert not torch.allclose(plain, whole[0], atol=0.1)
 
 
 def test_without_kernels_the_same_integers_run_on_pytorch(nano_path: Path) -> None:
