@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from evermini.engine.request import Emphasis, PromptDone, SamplingParams, TokenOutput
 from evermini.errors import EngineStoppedError
 from evermini.recall.calibration import find_calibration
 from evermini.service.prompting import make_prompt
@@ -151,6 +152,36 @@ def test_calls_and_their_results_stay_whole_after_a_long_text(served):
     assert long.endswith(later)
     assert "Biscuit" in long
     assert len(long) < 20_000
+
+
+@pytest.mark.parametrize("before", ["", "e\N{COMBINING ACUTE ACCENT}\uac00 "])
+def test_attention_is_told_what_is_closest_to_the_question(served, before):
+    """Whatever stands before it in the prompt; and it makes a difference to what comes next."""
+    question = NEEDLES[150][1]
+    parts = as_parts(story(seed=2, num_lines=600), f"{before}{question}")
+    request = parse_chat({"model": "nano", "messages": [{"role": "user", "content": parts}]})
+    prompt = asyncio.run(make_prompt(served, request, None))
+    assert prompt.emphasis is not None
+    told = [
+        served.tokenizer.decode(prompt.token_ids[start:end])
+        for start, end, _ in prompt.emphasis.ranges
+    ]
+    assert [text.strip() for text in told] == [NEEDLES[150][0]]
+    assert all(0.2 <= bias <= 1 for *_, bias in prompt.emphasis.ranges)
+
+    def first(emphasis: Emphasis | None) -> tuple[int, float]:
+        params = SamplingParams(temperature=0, max_tokens=1, top_logprobs=0)
+        events = list(served.worker.submit(prompt.token_ids, params, emphasis=emphasis))
+        cached = next(event.cached_tokens for event in events if isinstance(event, PromptDone))
+        token = next(event for event in events if isinstance(event, TokenOutput))
+        assert token.logprob is not None
+        return cached, token.logprob.logprob
+
+    _, plain = first(None)
+    cached, told_more = first(prompt.emphasis)
+    assert plain != told_more
+    assert cached <= prompt.emphasis.ranges[0][0]
+    assert first(prompt.emphasis) == (len(prompt.token_ids) // 32 * 32, told_more)
 
 
 def test_an_answer_longer_than_the_window_is_refused(url, book):
