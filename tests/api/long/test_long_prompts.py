@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -169,9 +170,13 @@ def test_attention_is_told_what_is_closest_to_the_question(served, before):
     assert [text.strip() for text in told] == [NEEDLES[150][0]]
     assert all(0.2 <= bias <= 1 for *_, bias in prompt.emphasis.ranges)
 
+    salt = os.urandom(8)  # other tests may have asked the same
+
     def first(emphasis: Emphasis | None) -> tuple[int, float]:
         params = SamplingParams(temperature=0, max_tokens=1, top_logprobs=0)
-        events = list(served.worker.submit(prompt.token_ids, params, emphasis=emphasis))
+        events = list(
+            served.worker.submit(prompt.token_ids, params, cache_salt=salt, emphasis=emphasis)
+        )
         cached = next(event.cached_tokens for event in events if isinstance(event, PromptDone))
         token = next(event for event in events if isinstance(event, TokenOutput))
         assert token.logprob is not None
