@@ -28,8 +28,8 @@ from evermini.documents import Document, collect
 ARCHIVE = "code_haystack/cpython-3.11.2-Lib.tar.gz"
 LAST = ("encodings", "pydoc_data")
 """Folders that are left out: tables and manuals."""
-MAX_TOKENS = 1_046_000
-"""Of documents; the rest is for what stands between them."""
+MAX_TOKENS = 1_047_000
+"""Of documents in their tags; the rest is for the question."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def what_fits(documents: tuple[Document, ...], llm: LLM) -> list[Document]:
     kept, total = [], 0
     packages = [d for d in documents if d.name.count("/") > 1 and d.name.split("/")[1] not in LAST]
     for document in [*packages, *(d for d in documents if d.name.count("/") == 1)]:
-        count = llm.count_tokens(document.text)
+        count = llm.count_tokens(build_prompt([document], ""))
         if total + count <= MAX_TOKENS:
             kept.append(document)
             total += count
