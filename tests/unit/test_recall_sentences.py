@@ -97,12 +97,34 @@ def test_what_is_closest_is_emphasised_where_it_stands_and_at_the_end(mark_end):
     result = excerpts(
         [segment], [span], len, 10_000, "Does bake ask Orsova?", mark_end=mark_end, hops=hops
     )
+    defined = "def bake is defined in mill.txt on line 8 and returns bread + 1"
     assert [result.text[start:end] for start, end in result.emphasis] == [
-        "def bake is defined in mill.txt on line 8 and returns bread + 1",
+        defined,
         "The baker of Orsova\nis called Ilona Fekete.",
-        *["The baker of Orsova is called Ilona Fekete."] * mark_end,
+        *["The baker of Orsova is called Ilona Fekete.", defined] * mark_end,
     ]
     assert result.closeness == 1
+
+
+@pytest.mark.parametrize(
+    ("question", "files"),
+    [
+        ("What is the concurrent.futures class Future?", ["concurrent/futures/base.py"]),
+        ("What is asyncio's Future?", ["asyncio/futures.py"]),
+        ("What is a Future?", ["asyncio/futures.py", "concurrent/futures/base.py"]),
+        ("What is a Queue?", []),
+    ],
+)
+def test_of_several_definitions_the_one_is_named_whose_file_the_question_names(question, files):
+    paths = ["asyncio/futures.py", "concurrent/futures/base.py"]
+    segments = [Segment("import os\n\n\nclass Future:\n    pass\n", path) for path in paths]
+    spans = [
+        Span(number, path, (0, 9), (0, 30), (1, 5), 1.0, 1) for number, path in enumerate(paths)
+    ]
+    result = excerpts(segments, spans, len, 10_000, question, mark_end=True)
+    end = result.text[result.text.index("\n[End") :]
+    assert re.findall(r"^> class Future is defined in (.*) on line 4$", end, re.M) == files
+    assert all(f"[{path}, lines 1-5 of 6" in result.text for path in paths)
 
 
 def test_so_does_the_one_that_it_leads_to():

@@ -8,7 +8,7 @@ In code, definitions of what the question names are pointed out, since a small m
 functions return, which it would describe rather than quote:
 [queue.py, lines 10-50 of 310: def qsize is defined in queue.py on line 21 and returns len(self._queue)]
 
-At the end, the sentences that are closest to the question stand once more:
+At the end, the sentences that are closest to the question stand once more, and these definitions:
 [End of the excerpts. Closest to the question:]
 > The harbour master is called Anna.
 
@@ -120,12 +120,13 @@ def excerpts(
             and, with ``mark_end``, shown once more.
     """
     closest, closeness = _closest(segments, spans, hops)
-    if mark_end and spans:
-        max_tokens -= count_tokens(_closing(segments, closest))
     names = frozenset(re.findall(r"\w+", question))
     ranked = sorted(spans, key=lambda span: -span.score)
     included, left_out = list(ranked), list[Span]()
     written = _write(segments, included, len(ranked), names)
+    if mark_end and spans:
+        defined = _asked_for(written.definitions, question)
+        max_tokens -= count_tokens(_closing(segments, closest, defined))
     tokens = count_tokens(written.text)
     if included and tokens > max_tokens:
         included = []
@@ -143,7 +144,8 @@ def excerpts(
     text = written.text
     emphasis = [*written.pointed, *filter(None, map(written.find, closest))]
     if included and mark_end:
-        closing = _closing(segments, [place for place in closest if written.find(place)])
+        shown = [place for place in closest if written.find(place)]
+        closing = _closing(segments, shown, _asked_for(written.definitions, question))
         emphasis += [
             (len(text) + match.start(1), len(text) + match.end(1))
             for match in _QUOTED.finditer(closing)
@@ -208,15 +210,35 @@ def _adds(sentence: str, wanted: Mapping[int, float], missing: Mapping[int, floa
     return about or weight_of(sentence, missing) >= _LEAST * sum(missing.values())
 
 
-def _closing(segments: Sequence[Segment], closest: Sequence[Range]) -> str:
-    """Return what stands after the excerpts: that they end, and the sentences closest to the question."""
-    if not closest:
-        return _END
+def _closing(
+    segments: Sequence[Segment], closest: Sequence[Range], defined: Sequence[str] = ()
+) -> str:
+    """Return what stands after the excerpts: that they end, what is closest to the question, and definitions."""
     texts = (
         _on_one_line(segments[number].text[start:end].strip()) for number, start, end in closest
     )
-    quoted = (f"> {line}" for text in dict.fromkeys(texts) for line in text.splitlines())
-    return _CLOSEST.format(sentences="\n".join(quoted))
+    lines = [line for text in dict.fromkeys((*texts, *defined)) for line in text.splitlines()]
+    if not lines:
+        return _END
+    return _CLOSEST.format(sentences="\n".join(f"> {line}" for line in lines))
+
+
+def _asked_for(definitions: Sequence[_Definition], question: str) -> list[str]:
+    """Return definitions as sentences; of several with one name, those whose path has most of the question's words."""
+    asked = _path_words(question)
+    best: dict[str, int] = {}
+    for found in definitions:
+        shared = len(asked & _path_words(found.path))
+        best[found.name] = max(shared, best.get(found.name, 0))
+    return [
+        found.sentence
+        for found in definitions
+        if len(asked & _path_words(found.path)) == best[found.name]
+    ]
+
+
+def _path_words(text: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def shown_ranges(segments: Sequence[Segment], spans: Sequence[Span]) -> list[Range]:
@@ -241,6 +263,15 @@ def _on_one_line(sentence: str) -> str:
 
 
 @dataclass(frozen=True)
+class _Definition:
+    """A class or function that the question names: where it is defined, as a path and as a sentence."""
+
+    name: str
+    path: str
+    sentence: str
+
+
+@dataclass(frozen=True)
 class _Written:
     """Excerpts without what stands after them.
 
@@ -249,12 +280,14 @@ class _Written:
         omitted: Characters of the context that are not in it.
         shown: What it has of the segments, and where each piece begins in it.
         pointed: Where it points out definitions.
+        definitions: Which.
     """
 
     text: str
     omitted: int
     shown: tuple[tuple[Range, int], ...]
     pointed: tuple[tuple[int, int], ...]
+    definitions: tuple[_Definition, ...]
 
     def find(self, place: Range) -> tuple[int, int] | None:
         """Return where a part of a segment stands in the text, without white space around it, if it does."""
@@ -272,6 +305,7 @@ def _write(
     parts: list[str] = []
     shown: list[tuple[Range, int]] = []
     pointed: list[tuple[int, int]] = []
+    definitions: list[_Definition] = []
     omitted = length = 0  # length: of what is written, without the head
     for group in _documents(segments):
         total = segments[group[-1]].line_of(len(segments[group[-1]].text))
@@ -287,10 +321,14 @@ def _write(
             lines = segment.line_of(start), segment.line_of(max(start, end - 1))
             numbers = f"line {lines[0]}" if lines[0] == lines[1] else f"lines {lines[0]}-{lines[1]}"
             place = f"[{label}{_pages(segment, start, end)}{numbers} of {total}"
-            defined = _definitions(segment, start, end, names)
-            if defined:
-                pointed.append((length + len(place) + 2, length + len(place) + len(defined)))
-            mark = f"{place}{defined}]\n"
+            here = _definitions(segment, start, end, names)
+            definitions += here
+            if here:
+                first_char = length + len(place) + len(": ")
+                told = ", ".join(found.sentence for found in here)
+                pointed.append((first_char, first_char + len(told)))
+                place += f": {told}"
+            mark = f"{place}]\n"
             piece = segment.text[start:end]
             body = piece.lstrip("\n")
             newlines = len(piece) - len(body)
@@ -313,23 +351,24 @@ def _write(
         omitted,
         tuple((place, at + shift) for place, at in shown),
         tuple((start + shift, end + shift) for start, end in pointed),
+        tuple(definitions),
     )
 
 
-def _definitions(segment: Segment, start: int, end: int, names: Collection[str]) -> str:
+def _definitions(
+    segment: Segment, start: int, end: int, names: Collection[str]
+) -> list[_Definition]:
     """Say on which lines of a range the named classes and functions are defined, and what the latter return."""
     where = f"in {segment.name} " if segment.name else ""
-    places = [
-        f"{match[1]} {match[2]} is defined {where}on line {segment.line_of(match.start(1))}"
-        + (
-            f" and returns {' or '.join(values)}"
-            if (values := returned(segment.text, match))
-            else ""
-        )
-        for match in DEFINITION.finditer(segment.text, start, end)
-        if match[2] in names
-    ]
-    return f": {', '.join(places)}" if places else ""
+    found: list[_Definition] = []
+    for match in DEFINITION.finditer(segment.text, start, end):
+        if match[2] in names:
+            line = segment.line_of(match.start(1))
+            sentence = f"{match[1]} {match[2]} is defined {where}on line {line}"
+            if values := returned(segment.text, match):
+                sentence += f" and returns {' or '.join(values)}"
+            found.append(_Definition(match[2], segment.name or "", sentence))
+    return found
 
 
 def _pages(segment: Segment, start: int, end: int) -> str:
