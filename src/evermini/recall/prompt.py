@@ -125,8 +125,8 @@ def excerpts(
     included, left_out = list(ranked), list[Span]()
     written = _write(segments, included, len(ranked), names)
     if mark_end and spans:
-        defined = _asked_for(written.definitions, question)
-        max_tokens -= count_tokens(_closing(segments, closest, defined))
+        most = [found.sentence for found in written.definitions]
+        max_tokens -= count_tokens(_closing(segments, closest, most))
     tokens = count_tokens(written.text)
     if included and tokens > max_tokens:
         included = []
