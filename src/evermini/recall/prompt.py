@@ -142,10 +142,10 @@ def excerpts(
                 left_out.append(span)
     included.sort(key=lambda span: (span.segment, span.tokens))
     text = written.text
-    emphasis = [*written.pointed, *filter(None, map(written.find, closest))]
+    shown = {place: found for place in closest if (found := written.find(place))}
+    emphasis = [*written.pointed, *shown.values()]
     if included and mark_end:
-        shown = [place for place in closest if written.find(place)]
-        closing = _closing(segments, shown, _asked_for(written.definitions, question))
+        closing = _closing(segments, list(shown), _asked_for(written.definitions, question))
         emphasis += [
             (len(text) + match.start(1), len(text) + match.end(1))
             for match in _QUOTED.finditer(closing)
@@ -226,14 +226,14 @@ def _closing(
 def _asked_for(definitions: Sequence[_Definition], question: str) -> list[str]:
     """Return definitions as sentences; of several with one name, those whose path has most of the question's words."""
     asked = _path_words(question)
+    shared = [len(asked & _path_words(found.path)) for found in definitions]
     best: dict[str, int] = {}
-    for found in definitions:
-        shared = len(asked & _path_words(found.path))
-        best[found.name] = max(shared, best.get(found.name, 0))
+    for found, number in zip(definitions, shared, strict=True):
+        best[found.name] = max(number, best.get(found.name, 0))
     return [
         found.sentence
-        for found in definitions
-        if len(asked & _path_words(found.path)) == best[found.name]
+        for found, number in zip(definitions, shared, strict=True)
+        if number == best[found.name]
     ]
 
 

@@ -198,7 +198,7 @@ class Assembler:
             return None
         pieces = [cut(piece.text, piece.name, known=self._segments.known) for piece in parts.long]
         lengths = [sum(map(self.count, found)) for found in pieces]
-        marks = sum(len(self._tokenizer.encode(piece.marks)) for piece in parts.long if piece.marks)
+        marks = sum(self.count(Segment(piece.marks)) for piece in parts.long if piece.marks)
         full = skeleton + sum(lengths) + marks if counted is None else counted
         if full > limit:
             raise ContextLengthError(
